@@ -1,0 +1,315 @@
+"The architecture against independent references, invariants, and bad configs."
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import llmfs  # noqa: I001
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from llmfs.model.attention import Attention, KVCache, attend, causal_mask
+from llmfs.model.embedding import Rope, halves_to_pairs, pairs_to_halves, sinusoids
+from llmfs.model.transformer import (
+    GPT,
+    PRESETS,
+    GPTConfig,
+    count_params,
+    flops_per_token,
+    memory_bytes,
+    preset,
+)
+
+SMALL = dict(vocab_size=61, n_layers=2, d_model=32, n_heads=4, max_seq_len=64)
+GPT2 = dict(
+    norm="layernorm", norm_eps=1e-5, activation="gelu", positions="learned",
+    qk_norm=False, bias=True,
+)  # fmt: skip
+LLAMA = dict(qk_norm=False)
+SHAPES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": {}}
+
+
+def build(seed=0, **overrides):
+    "A small model with weights large enough that mistakes show."
+    mx.random.seed(seed)
+    model = GPT(GPTConfig(**(SMALL | dict(init_std=0.2) | overrides)))
+    noise = lambda w: w + 0.1 * mx.random.normal(w.shape)  # noqa: E731
+    model.update(tree_map(noise, model.parameters()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def ids(*shape, seed=1, vocab=61):
+    rng = np.random.default_rng(seed)
+    return mx.array(rng.integers(0, vocab, shape).astype(np.int32))
+
+
+def gap(a, b):
+    return float(mx.abs(a - b).max())
+
+
+# --- against transformers -------------------------------------------------------------
+
+
+def to_torch(model, kind):
+    "Our weights under the names that transformers uses."
+    torch = pytest.importorskip("torch")
+    out = {}
+    rename = {
+        "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+        "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc",
+        "mlp.down_proj": "mlp.c_proj",
+    }  # fmt: skip
+    weights = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
+    if kind == "gpt2":
+        for i in range(model.cfg.n_layers):
+            for part in ("weight", "bias"):
+                qkv = [weights.pop(f"layers.{i}.self_attn.{n}_proj.{part}") for n in "qkv"]
+                weights[f"layers.{i}.attn.c_attn.{part}"] = np.concatenate(qkv)
+    for name, w in weights.items():
+        if kind == "gpt2" and not name.startswith("lm_head"):
+            for ours, theirs in rename.items():
+                name = name.replace(ours, theirs)
+            if name.startswith("layers") and w.ndim == 2:
+                w = w.T.copy()
+            name = name.replace("layers.", "h.").replace("embed_tokens", "wte")
+            name = name.replace("embed_positions", "wpe")
+            name = "transformer." + ("ln_f" + name[4:] if name.startswith("norm") else name)
+        elif not name.startswith("lm_head"):
+            name = "model." + name
+        out[name] = torch.from_numpy(w)
+    return out
+
+
+def reference(model, kind):
+    "The transformers model of the same shape and weights."
+    tr = pytest.importorskip("transformers")
+    cfg = model.cfg
+    if kind == "gpt2":
+        config = tr.GPT2Config(
+            vocab_size=cfg.vocab_size, n_positions=cfg.max_seq_len, n_embd=cfg.d_model,
+            n_layer=cfg.n_layers, n_head=cfg.n_heads, layer_norm_epsilon=cfg.norm_eps,
+            tie_word_embeddings=cfg.tie_embeddings,
+        )  # fmt: skip
+        theirs = tr.GPT2LMHeadModel(config)
+    else:
+        Config, Model = {
+            "llama": (tr.LlamaConfig, tr.LlamaForCausalLM),
+            "qwen3": (tr.Qwen3Config, tr.Qwen3ForCausalLM),
+        }[kind]
+        theirs = Model(
+            Config(
+                vocab_size=cfg.vocab_size, hidden_size=cfg.d_model,
+                intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layers,
+                num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
+                head_dim=cfg.head_dim, rms_norm_eps=cfg.norm_eps,
+                max_position_embeddings=cfg.max_seq_len,
+                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+                tie_word_embeddings=cfg.tie_embeddings,
+            )
+        )  # fmt: skip
+    missing, unexpected = theirs.load_state_dict(to_torch(model, kind), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    if cfg.tie_embeddings:
+        theirs.tie_weights()
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind, heads", [
+    ("gpt2", 4), ("llama", 4), ("llama", 2), ("llama", 1), ("qwen3", 2), ("qwen3", 4),
+])  # fmt: skip
+def test_transformers_gives_the_same_logits(kind, heads, tied):
+    torch = pytest.importorskip("torch")
+    extra = dict(head_dim=16) if kind == "qwen3" else {}
+    model = build(n_kv_heads=heads, tie_embeddings=tied, **SHAPES[kind], **extra)
+    theirs = reference(model, kind)
+    tokens = ids(2, 23)
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
+    assert np.abs(np.array(model(tokens)) - want).max() < 1e-4
+
+
+# --- invariants -----------------------------------------------------------------------
+
+VARIANTS = [
+    dict(positions=p, n_kv_heads=g, qk_norm=n)
+    for p, g, n in [("rope", 4, True), ("rope", 2, False), ("rope", 1, True),
+                    ("learned", 4, False), ("sinusoidal", 2, True), ("none", 1, False)]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_future_does_not_leak(variant):
+    model = build(**variant)
+    tokens = np.array(ids(1, 12))
+    before = model(mx.array(tokens))
+    for t in (0, 5, 11):
+        changed = tokens.copy()
+        changed[0, t] = (changed[0, t] + 1) % 61
+        after = model(mx.array(changed))
+        assert t == 0 or gap(before[:, :t], after[:, :t]) == 0
+        assert gap(before[:, t], after[:, t]) > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_decoding_equals_the_full_forward(variant):
+    model = build(**variant)
+    tokens = ids(2, 20)
+    want = model(tokens)
+    cache = model.make_cache(step=7)
+    pieces, start = [], 0
+    for n in (6, 1, 1, 5, 7):
+        pieces.append(model(tokens[:, start : start + n], cache=cache))
+        start += n
+    assert gap(mx.concatenate(pieces, axis=1), want) < 1e-4
+    for layer in cache:
+        layer.trim(8)
+    assert gap(model(tokens[:, 12:], cache=cache), want[:, 12:]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_left_padding_changes_nothing(variant):
+    model = build(**variant)
+    tokens = np.array(ids(3, 14))
+    padding = [0, 3, 7]
+    padded = np.zeros((3, 14), np.int32)
+    for row, p in enumerate(padding):
+        padded[row, p:] = tokens[row, : 14 - p]
+    cache = model.make_cache(left_padding=padding, step=5)
+    parts = [model(mx.array(padded[:, :10]), cache=cache)]
+    parts += [model(mx.array(padded[:, i : i + 1]), cache=cache) for i in range(10, 14)]
+    got = mx.concatenate(parts, axis=1)
+    assert not mx.isnan(got).any()
+    for row, p in enumerate(padding):
+        want = model(mx.array(tokens[row : row + 1, : 14 - p]))
+        assert gap(got[row : row + 1, p:], want) < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_documents_do_not_see_each_other(variant):
+    model = build(**variant)
+    tokens, lengths = ids(1, 16), (5, 8, 3)
+    segments = mx.array(np.repeat([4, 0, -1], lengths)[None].astype(np.int32))
+    got, start = model(tokens, segments=segments), 0
+    for n in lengths:
+        alone = model(tokens[:, start : start + n])
+        assert gap(got[:, start : start + n], alone) < 1e-4
+        start += n
+
+
+@pytest.mark.parametrize("variant", [
+    {}, dict(n_kv_heads=1), GPT2, dict(activation="relu2", norm="layernorm"),
+    dict(positions="sinusoidal", qk_norm=False), dict(tie_embeddings=False),
+])  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_agree_with_finite_differences(variant, packed):
+    shape = dict(vocab_size=13, d_model=16, n_heads=2, d_ff=24, max_seq_len=8)
+    model = build(**(shape | variant))
+    tokens, targets = ids(2, 8, vocab=13), ids(2, 8, seed=2, vocab=13)
+    segments = mx.array([[0] * 3 + [1] * 5, [0] * 8]) if packed else None
+
+    def loss(params):
+        model.update(params)
+        return nn.losses.cross_entropy(model(tokens, segments), targets).sum()
+
+    params = model.parameters()
+    grads = dict(tree_flatten(mx.grad(loss)(params)))
+    rng = np.random.default_rng(0)
+    for name, w in tree_flatten(params):
+        direction = mx.array(rng.choice([-1.0, 1.0], w.shape).astype(np.float32))
+        direction = direction / np.sqrt(w.size)
+
+        def at(step):
+            moved = [(k, v + step * direction if k == name else v) for k, v in flat]
+            return float(loss(tree_unflatten(moved)))
+
+        flat = tree_flatten(params)
+        h = 1e-2
+        slope = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+        exact = float((grads[name] * direction).sum())
+        assert abs(slope - exact) < 2e-2 * max(1, abs(exact)), name
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    for shape in SHAPES.values():
+        mx.random.seed(0)
+        model = GPT(GPTConfig(**(SMALL | shape | dict(vocab_size=1000))))
+        loss = nn.losses.cross_entropy(model(ids(4, 64, vocab=1000)), ids(4, 64, seed=5))
+        assert abs(float(loss.mean()) - np.log(1000)) < 0.1
+
+
+# --- counting -------------------------------------------------------------------------
+
+COUNTED = [
+    {}, GPT2, dict(tie_embeddings=False), dict(n_kv_heads=1, head_dim=6), dict(bias=True),
+    dict(activation="relu2", norm="layernorm", positions="learned"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", COUNTED)
+def test_count_equals_the_built_model(variant):
+    cfg = GPTConfig(**(SMALL | variant))
+    flat = tree_flatten(GPT(cfg).parameters())
+    assert count_params(cfg) == sum(w.size for _, w in flat)
+    tables = ("embed_tokens", "embed_positions", "lm_head")
+    inner = sum(w.size for k, w in flat if not k.startswith(tables))
+    assert count_params(cfg, embeddings=False) == inner
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_of_their_name(name):
+    cfg = preset(name)
+    before = mx.get_active_memory()
+    built = sum(w.size for _, w in tree_flatten(GPT(cfg).parameters()))
+    assert mx.get_active_memory() - before < 1 << 20, "counting must not allocate"
+    assert built == count_params(cfg)
+    if name != "tiny":
+        size = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+        assert abs(built / size - 1) < 0.03
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match="tiny, 50m, 124m, 500m, 1b, 3b"):
+        preset("7b")
+
+
+# --- configs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field, value, rule", [
+    ("n_layers", 0, "at least 1"), ("n_layers", 2.0, "whole number"),
+    ("d_model", -32, "at least 1"), ("vocab_size", 0, "at least 1"),
+    ("max_seq_len", True, "whole number"), ("n_heads", 0, "at least 1"),
+    ("n_heads", "4", "whole number"), ("d_model", 30, "multiple of n_heads=4"),
+    ("n_kv_heads", 3, "must divide n_heads=4"), ("n_kv_heads", 0, "at least 1"),
+    ("n_kv_heads", 8, "must divide n_heads=4"), ("head_dim", 5, "even for rotary"),
+    ("head_dim", -2, "at least 1"), ("d_ff", 0, "at least 1"),
+    ("norm", "batch", "rmsnorm, layernorm"), ("activation", "elu", "swiglu, gelu, relu2"),
+    ("positions", "alibi", "rope, learned, sinusoidal, none"),
+    ("residual_init", 0, "scaled, zero, plain"), ("bias", "no", "True, False"),
+    ("norm_eps", 0.0, "positive"), ("norm_eps", float("nan"), "positive"),
+    ("rope_theta", -1.0, "positive"), ("init_std", float("inf"), "positive"),
+    ("dropout", 1.0, "below 1"), ("dropout", -0.1, "at least 0"),
+    ("dropout", float("nan"), "at least 0"), ("qk_norm", None, "True, False"),
+])  # fmt: skip
+def test_invalid_configs_are_refused_with_field_value_and_rule(field, value, rule):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**(SMALL | {field: value}))
+    message = str(error.value)
+    assert message.startswith(f"{field}={value!r}: ") and rule in message
+    assert "\n" not in message
+
+
+def test_config_round_trip():
+    import json
+
+    cfg = GPTConfig(**SMALL, n_kv_heads=2, dropout=0.1)
+    assert GPTConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    with pytest.raises(ValueError, match="unknown fields: d_modell"):
+        GPTConfig.from_dict(cfg.to_dict() | {"d_modell": 3})
+    with pytest.raises(ValueError, match="kind='other'"):
+        GPTConfig.from_dict(cfg.to_dict() | {"kind": "other"})
