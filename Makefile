@@ -1,0 +1,53 @@
+# The commands of the house. GNU make 3.81 and bash 3.2 are enough; every target makes .venv itself where there is none.
+# PYTHON=python3.12 make ...  picks the interpreter; BACKEND=cpu (cuda12, cuda13) picks MLX's backend on Linux.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check book book-serve lab stress bench clean
+
+SETUP := @bash tools/setup.sh
+RUN := @.venv/bin/python
+TESTS := dev ref $(if $(TORCH),torch)
+# Tests run at scale ci on every machine. Notebooks run side by side, so each gets one thread.
+CI := @LLMFS_SCALE=ci PYTHONHASHSEED=0
+ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+quickstart: ## set up, then data, tokenizer, training, evaluation, stories: one small model on the built-in corpus
+	$(SETUP)
+	@.venv/bin/llmfs quickstart
+
+test: ## run every chapter, then the tests (TORCH=1: also those that compare with PyTorch)
+	$(SETUP) $(TESTS)
+	$(CI) $(ONE) .venv/bin/python -c "from nbdev.test import nbdev_test; nbdev_test()"
+	$(CI) .venv/bin/python -m pytest -q tests
+
+check: ## notebooks, modules and text copies agree; lint; house rules. Changes nothing
+	$(SETUP) dev
+	$(RUN) tools/check.py
+
+book: ## render the book to book/_site/index.html
+	$(SETUP) book
+	$(RUN) -m sphinx -q -W --keep-going -b html -d .doctrees -c book nbs book/_site
+	@echo "the book: book/_site/index.html"
+
+book-serve: book ## render the book and serve it on http://localhost:8000
+	$(RUN) -m http.server --bind 127.0.0.1 --directory book/_site 8000
+
+lab: ## open the chapters in Jupyter
+	$(SETUP) lab
+	$(RUN) -m jupyterlab nbs
+
+stress: ## the long proofs: many kills, many cases, many steps
+	$(SETUP) $(TESTS)
+	$(CI) .venv/bin/python -m pytest -q -m stress tests
+
+bench: ## measure this machine: matmul, tokenizer, training, generation
+	$(SETUP)
+	$(RUN) tools/bench.py
+
+clean: ## remove what can be made again (not .venv, data, checkpoints)
+	@rm -rf book/_site .doctrees build dist .pytest_cache .ruff_cache
+	@find llmfs nbs tests tools book -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
