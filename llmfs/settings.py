@@ -68,9 +68,9 @@ def parse_dial(
     "Read a dial. Raises ValueError at a misspelled key or a line that cannot be read"
     ini = configparser.ConfigParser(inline_comment_prefixes=("#", ";"))
     try:
-        ini.read_string(text)
+        ini.read_string(text, source)
     except configparser.Error as e:
-        raise ValueError(f"{source}: {' '.join(str(e).split())}") from None
+        raise ValueError(" ".join(str(e).split())) from None
     scales = {name: dict(ini[name]) for name in ini.sections() if name != "llmfs"}
     for key in [k for values in [ini.defaults(), *scales.values()] for k in values]:
         if not _known(key):
@@ -84,9 +84,7 @@ def auto_scale() -> str:  # "laptop" on a Mac, "gpu" with CUDA, else "ci"
     "The scale that fits this machine, found without importing MLX"
     if platform.system() == "Darwin":
         return "laptop"
-    installed = {d.name.lower() for d in metadata.distributions(name="mlx-cuda-12")}
-    installed |= {d.name.lower() for d in metadata.distributions(name="mlx-cuda-13")}
-    if not installed:
+    if not [d for v in (12, 13) for d in metadata.distributions(name=f"mlx-cuda-{v}")]:
         return "ci"
     try:
         ctypes.CDLL("libcuda.so.1")
