@@ -1,0 +1,172 @@
+"""How the book is rendered: `make book`, or see the command in the Makefile."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REPO = HERE.parent
+NBS = REPO / "nbs"
+sys.path[:0] = [str(HERE), str(REPO)]
+
+import llmfs  # noqa: E402  (before anything that imports MLX)
+
+project = "llmfs"
+author = "the llmfs authors"
+copyright = "the llmfs authors. Text CC BY 4.0, code Apache-2.0"
+release = version = llmfs.__version__
+language = "en"
+GITHUB = "https://github.com/llmfs/llmfs"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_togglebutton",
+    "sphinx-mathjax-offline",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["text", "results", "data", "checkpoints", "**/_*", "**.ipynb_checkpoints"]
+templates_path = []
+default_role = "code"
+numfig = True
+nitpicky = True
+# Other projects' names are not resolved: that would need the network.
+nitpick_ignore_regex = [("py:.*", r"(?!llmfs).*")]
+
+# Notebooks ---------------------------------------------------------------------------------
+nb_custom_formats = {".ipynb": "nbdev_reader.read"}
+nb_execution_mode = "off"  # the outputs stored in the notebooks
+nb_merge_streams = True
+myst_enable_extensions = [
+    "amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+myst_dmath_double_inline = True
+
+bibtex_bibfiles = ["../book/references.bib"]
+bibtex_default_style = "plain"
+bibtex_reference_style = "author_year"
+
+# Pages -------------------------------------------------------------------------------------
+html_theme = "sphinx_book_theme"
+html_title = "llmfs"
+html_static_path = ["_static"]
+html_css_files = ["llmfs.css"]
+html_copy_source = True
+html_show_search_summary = False  # it would fetch pages, which file:// refuses
+html_last_updated_fmt = None
+html_context = {"default_mode": "auto"}
+html_theme_options = {
+    "repository_url": GITHUB,
+    "repository_branch": "main",
+    "path_to_docs": "nbs",
+    "use_repository_button": True,
+    "use_download_button": True,
+    "use_fullscreen_button": False,
+    "home_page_in_toc": True,
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+    "extra_footer": "Text under CC BY 4.0, code under Apache-2.0.",
+}
+copybutton_selector = "div.cell_input pre, div.highlight-console pre, div.highlight-bash pre"
+copybutton_prompt_text = r"\$ |>>> "
+copybutton_prompt_is_regexp = True
+
+# API reference: one page a module, made from the docstrings ---------------------------------
+autodoc_default_options = {"members": True, "undoc-members": True, "member-order": "bysource"}
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+
+def modules():
+    "Chapter, module for every notebook that exports one, in the order of the book."
+    for path in sorted(NBS.glob("[0-9]*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            found = re.search(r"^#\|\s*default_exp\s+(\S+)", "".join(cell["source"]), re.M)
+            if found and (REPO / "llmfs" / (found[1].replace(".", "/") + ".py")).exists():
+                yield path.stem, f"llmfs.{found[1]}"
+
+
+def write_api(app):
+    "Write nbs/api/MODULE.md where it changed, and remove pages of modules that are gone."
+    folder, pages = NBS / "api", {}
+    for chapter, module in modules():
+        pages[f"{module}.md"] = (
+            f"# {module}\n\nWritten and explained in {{doc}}`/{chapter}`.\n\n"
+            f"```{{eval-rst}}\n.. automodule:: {module}\n```\n")
+    listing = "\n".join(Path(name).stem for name in pages)
+    pages["index.md"] = (
+        "# API reference\n\nEvery public name of the package, from the docstrings of the "
+        f"chapters.\n\n```{{toctree}}\n:maxdepth: 2\n\n{listing}\n```\n")
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.md"):
+        if old.name not in pages:
+            old.unlink()
+    for name, text in pages.items():
+        page = folder / name
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+
+
+def plain_rest(line):
+    "Outside backticks, characters that reST would take for markup stand for themselves."
+    parts = line.split("`")
+    parts[::2] = [re.sub(r"(?<!\\)[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", p) for p in parts[::2]]
+    return "`".join(parts)
+
+
+def document_parameters(app, what, name, obj, options, lines):
+    "Add the comment beside each parameter (fastcore's docments) to the docstring."
+    if not any(line.lstrip().startswith((".. ", ":")) for line in lines):
+        lines[:] = [plain_rest(line) for line in lines]
+    if what == "module":  # the title and link of the page say it already
+        lines[:] = [line for line in lines if "AUTOGENERATED" not in line]
+    if what not in ("function", "class", "method") or any(":param" in s for s in lines):
+        return
+    from fastcore.docments import docments
+    try:
+        found = docments(obj, full=True, returns=True)
+    except Exception:  # no source to read: a built-in, a generated method
+        return
+    notes = [(k, v.get("docment")) for k, v in found.items() if v.get("docment")]
+    lines += [""] * bool(notes)
+    for key, note in notes:
+        field = "returns" if key == "return" else f"param {key}"
+        lines.append(f":{field}: {plain_rest(' '.join(str(note).split()))}")
+
+
+def drop_empty_parts(app, docname, content):
+    "A part of the book that has no chapters yet does not appear in the contents."
+    if docname == "index":
+        content[0] = re.sub(
+            r"```\{toctree\}\n(?::.*\n)*:glob:\n(?::.*\n)*\n(\S+)\n```\n",
+            lambda m: m[0] if any(NBS.glob(m[1] + ".ipynb")) else "", content[0])
+
+
+def repository_links(app, path, parent, content):
+    "README.md is written for GitHub: its relative links become chapters or links to GitHub."
+    def target(match):
+        label, link = match.groups()
+        if re.match(r"[a-z]+:|#", link):
+            return match[0]
+        chapter = re.fullmatch(r"nbs/([\w./-]+)\.ipynb", link)
+        if chapter and (REPO / link).exists():
+            return f"[{label}]({chapter[1]}.ipynb)"
+        return f"[{label}]({GITHUB}/blob/main/{link})"
+    content[0] = re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", target, content[0])
+
+
+def setup(app):
+    app.connect("builder-inited", write_api)
+    app.connect("autodoc-process-docstring", document_parameters)
+    app.connect("source-read", drop_empty_parts)
+    app.connect("include-read", repository_links)

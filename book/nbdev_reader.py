@@ -1,0 +1,100 @@
+"""How a chapter becomes a page: nbdev's `#|` directives turned into myst-nb's tags.
+
+myst-nb calls `read` with the text of a notebook (`nb_custom_formats` in conf.py).
+"""
+
+import ast
+import json
+import os
+
+import nbformat
+from fastcore.nbio import dict2nb
+from nbdev.process import NBProcessor
+
+# LLMFS_SOLUTIONS=off builds the book without solutions, for teaching.
+SOLUTIONS = os.environ.get("LLMFS_SOLUTIONS", "on") != "off"
+
+
+def _is(value, word):
+    "Directives come as `code-fold: true` or just `code-fold`."
+    return str(value).strip().lower() == word
+
+
+def tags(directives):
+    "The myst-nb tags for a code cell's directives."
+    d, out = directives, set()
+    if d.keys() & {"default_exp", "hide"} or _is(d.get("include"), "false"):
+        out.add("remove-cell")
+    if d.keys() & {"hide_input"} or _is(d.get("echo"), "false"):
+        out.add("remove-input")
+    if d.keys() & {"hide_output"} or _is(d.get("output"), "false"):
+        out.add("remove-output")
+    if "export" in d or ("code-fold" in d and not _is(d["code-fold"], "false")):
+        out.add("hide-input")
+    if "solution" in d:
+        out.add("hide-cell" if SOLUTIONS else "remove-cell")
+    return out
+
+
+def prompt(directives):
+    "What the fold is called, if the cell is folded."
+    if "solution" in directives:
+        return "Solution"
+    if "code-summary" in directives:
+        return directives["code-summary"].strip("\"' ")
+    return "Exported without comment" if "export" in directives else "Code"
+
+
+def figure(directives):
+    "`label`, `fig-cap` and `fig-alt` as myst-nb wants them."
+    d, out = {k: v.strip("\"' ") for k, v in directives.items()}, {}
+    if "fig-cap" in d:
+        out["figure"] = {"caption": d["fig-cap"]}
+        if "label" in d:
+            out["figure"]["name"] = d["label"]
+    if "fig-alt" in d or "fig-cap" in d:
+        out["image"] = {"alt": d.get("fig-alt") or d["fig-cap"]}
+    return out
+
+
+def public_names(source):
+    "Functions and classes that an exported cell adds to its module's API."
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return []
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    names = [n.name for n in body if isinstance(n, kinds) and not n.name.startswith("_")]
+    return list(dict.fromkeys(names))
+
+
+def api_link(module, names):
+    "The line under an exported cell that leads to the API reference."
+    links = ", ".join(f"{{py:obj}}`{n} <{module}.{n}>`" for n in names)
+    return f":::{{div}} llmfs-api\nin {{py:mod}}`{module}`: {links}\n:::"
+
+
+def read(text):
+    "The notebook in `text`, ready for myst-nb."
+    cells = NBProcessor(nb=dict2nb(json.loads(text))).nb.cells
+    module = next((f"llmfs.{c.directives_['default_exp'].split()[0]}" for c in cells
+                   if c.cell_type == "code" and "default_exp" in c.directives_), None)
+    out = []
+    for cell in cells:
+        source, d = cell.source, cell.directives_ if cell.cell_type == "code" else {}
+        if cell.cell_type == "markdown":
+            out.append(nbformat.v4.new_markdown_cell(source))
+        elif cell.cell_type == "code" and source.strip():
+            meta = {"tags": sorted({*cell.metadata.get("tags", []), *tags(d)}),
+                    "mystnb": {"code_prompt_show": prompt(d), "code_prompt_hide": prompt(d),
+                               **figure(d)}}
+            outputs = [nbformat.from_dict(o) for o in cell.get("outputs", [])]
+            out.append(nbformat.v4.new_code_cell(source, metadata=meta, outputs=outputs))
+            names = public_names(source) if d.keys() & {"export", "exports"} else []
+            if module and names:
+                out.append(nbformat.v4.new_markdown_cell(api_link(module, names)))
+    meta = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    for i, cell in enumerate(out):
+        cell["id"] = f"c{i}"
+    return nbformat.v4.new_notebook(cells=out, metadata=meta)
