@@ -70,6 +70,6 @@ set -- --constraint constraints.txt --config-settings editable_mode=compat --edi
 if command -v uv >/dev/null 2>&1; then
     uv pip install --python .venv/bin/python "$@"
 else
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check "$@"
 fi || fail "the installation failed (messages above); without a network nothing can be installed"
 printf '%s\n%s\n' "$state" "$(echo $extras)" > "$stamp"
