@@ -4,9 +4,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
-
 from llmfs.settings import COLORS, DIAL, Settings, parse_dial, settings
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 SCALES = ["ci", "laptop", "gpu"]
@@ -154,9 +154,9 @@ def test_colors_differ_for_colour_blind_eyes():
 def test_book_style_writes_the_same_svg_twice(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     from llmfs.settings import book_style
+
+    import matplotlib.pyplot as plt
 
     with matplotlib.rc_context():
         book_style()
