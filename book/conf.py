@@ -66,13 +66,13 @@ html_theme_options = {
     "use_repository_button": True,
     "use_download_button": True,
     "use_fullscreen_button": False,
-    "home_page_in_toc": True,
+    "home_page_in_toc": False,
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
-    "extra_footer": "Text under CC BY 4.0, code under Apache-2.0.",
+    "footer_content_items": ["copyright"],
 }
 copybutton_selector = "div.cell_input pre, div.highlight-console pre, div.highlight-bash pre"
 copybutton_prompt_text = r"\$ |>>> "

@@ -36,13 +36,14 @@ def tags(directives):
     return out
 
 
-def prompt(directives):
+def prompt(directives, source=""):
     "What the fold is called, if the cell is folded."
     if "solution" in directives:
         return "Solution"
     if "code-summary" in directives:
         return directives["code-summary"].strip("\"' ")
-    return "Exported without comment" if "export" in directives else "Code"
+    lines = [s for s in source.splitlines() if s and not s.startswith((" ", ")", "#"))]
+    return "Imports" if all(s.startswith(("import ", "from ")) for s in lines) else "Code"
 
 
 def figure(directives):
@@ -85,9 +86,9 @@ def read(text):
         if cell.cell_type == "markdown":
             out.append(nbformat.v4.new_markdown_cell(source))
         elif cell.cell_type == "code" and source.strip():
+            fold = prompt(d, source)
             meta = {"tags": sorted({*cell.metadata.get("tags", []), *tags(d)}),
-                    "mystnb": {"code_prompt_show": prompt(d), "code_prompt_hide": prompt(d),
-                               **figure(d)}}
+                    "mystnb": {"code_prompt_show": fold, "code_prompt_hide": fold, **figure(d)}}
             outputs = [nbformat.from_dict(o) for o in cell.get("outputs", [])]
             out.append(nbformat.v4.new_code_cell(source, metadata=meta, outputs=outputs))
             names = public_names(source) if d.keys() & {"export", "exports"} else []
