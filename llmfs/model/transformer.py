@@ -395,7 +395,7 @@ class Memory(NamedTuple):
     optimizer: int  # optimizer state
     activations: int  # kept from the forward pass for the backward pass
     cache: int  # keys and values while decoding
-    total: int  # the sum
+    total: int  # peak: the update needs room for new weights once activations are gone
 
 
 def memory_bytes(
@@ -406,17 +406,28 @@ def memory_bytes(
     weight_bytes: int = 4,  # bytes a parameter
     activation_bytes: int = 4,  # bytes an activation
     optimizer_slots: int = 2,  # float32 arrays a parameter: AdamW 2, Muon 1
+    fused: bool | None = None,  # kernels that keep no scores, as CUDA's; None: this device
 ) -> Memory:
     "Memory of a training step, or of decoding to `seq_len`."
     L = cfg.max_seq_len if seq_len is None else seq_len
     P, T = count_params(cfg), batch * L
-    D, H, G, K, F = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_ff
     weights = P * weight_bytes
     if not training:
-        cache = 2 * cfg.n_layers * T * G * K * activation_bytes
+        floats = 2 * cfg.n_layers * T * cfg.n_kv_heads * cfg.head_dim
+        cache = floats * activation_bytes
         return Memory(weights, 0, 0, 0, cache, weights + cache)
-    block = 4 * D + 3 * (H + 2 * G) * K + 5 * F + 2 * H * L
-    activations = T * (cfg.n_layers * block + 3 * cfg.vocab_size) * activation_bytes
+    fused = mx.cuda.is_available() if fused is None else fused
+    activations = int(T * _floats_per_token(cfg, L, fused) * activation_bytes)
     optimizer = P * 4 * optimizer_slots
-    total = 2 * weights + optimizer + activations
+    total = 2 * weights + optimizer + max(activations, weights)
     return Memory(weights, weights, optimizer, activations, 0, total)
+
+# %% ../../nbs/02c_model.transformer.ipynb #06ff8c5f
+def _floats_per_token(cfg, L, fused):
+    D, F, V = cfg.d_model, cfg.d_ff, cfg.vocab_size
+    HK, GK = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    heads = (7 if cfg.qk_norm else 5) * HK + 4.5 * GK
+    wide = {"swiglu": 4.5, "gelu": 4, "relu2": 2.5}[cfg.activation] * F
+    scores = 0 if fused else cfg.n_heads * L * (0.65 if L > 128 else 0.95)
+    passing = 16 * D + 3.4 * F + (0 if fused else cfg.n_heads * L)
+    return cfg.n_layers * (4 * D + heads + wide + scores) + passing + (2 if fused else 3.5) * V
