@@ -12,6 +12,8 @@ sys.path[:0] = [str(HERE), str(REPO)]
 
 import llmfs  # noqa: E402  (before anything that imports MLX)
 
+import nbdev_reader  # noqa: E402
+
 project = "llmfs"
 author = "the llmfs authors"
 copyright = "the llmfs authors. Text CC BY 4.0, code Apache-2.0"
@@ -166,6 +168,9 @@ def repository_links(app, path, parent, content):
 
 
 def setup(app):
+    # A change of these reads all chapters again, where only changed chapters are read otherwise.
+    app.add_config_value("reader_source", (HERE / "nbdev_reader.py").read_text(), "env")
+    app.add_config_value("reader_solutions", nbdev_reader.SOLUTIONS, "env")
     app.connect("builder-inited", write_api)
     app.connect("autodoc-process-docstring", document_parameters)
     app.connect("source-read", drop_empty_parts)
