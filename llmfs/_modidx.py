@@ -298,6 +298,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'llmfs/model/attention.py'),
                                        'llmfs.model.attention.KVCache._grow': ( 'model.attention.html#kvcache._grow',
                                                                                 'llmfs/model/attention.py'),
+                                       'llmfs.model.attention.KVCache.keep': ( 'model.attention.html#kvcache.keep',
+                                                                               'llmfs/model/attention.py'),
                                        'llmfs.model.attention.KVCache.nbytes': ( 'model.attention.html#kvcache.nbytes',
                                                                                  'llmfs/model/attention.py'),
                                        'llmfs.model.attention.KVCache.trim': ( 'model.attention.html#kvcache.trim',

@@ -75,10 +75,13 @@ def test_products_repeat_bit_for_bit():
 
 @needs_help
 def test_64_bit_interface_in_the_environment_does_no_harm():
+    "MKL reads 64-bit indices where MLX passes 32-bit ones if the wrong layer is loaded."
     code = """
         import llmfs, mlx.core as mx
-        print(float((mx.ones((8, 16)) @ mx.ones((16, 4))).sum()))"""
-    assert fresh(code, MKL_INTERFACE_LAYER="ILP64").stdout.strip() == "512.0"
+        print(llmfs.hardware.load_blas(), float((mx.ones((8, 16)) @ mx.ones((16, 4))).sum()))
+        print("libmkl_intel_ilp64" in open("/proc/self/maps").read())"""
+    name, total, wrong_layer = fresh(code, MKL_INTERFACE_LAYER="ILP64").stdout.split()
+    assert total == "512.0" and wrong_layer == "False"
 
 
 def test_a_torch_that_is_already_there_does_no_harm():
