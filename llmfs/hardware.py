@@ -26,12 +26,13 @@ class _DlInfo(ctypes.Structure):
 
 
 def _blas_in_scope():
-    "File whose `cblas_sgemm` a library loaded now would call, or '' if it must bring its own."
+    "File whose `cblas_sgemm` a library loaded now would call; '' if none is in scope."
     scope, info = ctypes.CDLL(None), _DlInfo()
     try:
-        scope.dladdr(ctypes.cast(scope.cblas_sgemm, ctypes.c_void_p), ctypes.byref(info))
+        address = ctypes.cast(scope.cblas_sgemm, ctypes.c_void_p)
     except AttributeError:
         return ""
+    scope.dladdr(address, ctypes.byref(info))
     return os.fsdecode(info.file or b"")
 
 # %% ../nbs/00b_hardware.ipynb #797a2b06
@@ -50,10 +51,12 @@ def _candidates():
     "Names or paths of BLAS libraries worth trying, best first."
     yield from ("libopenblasp.so.0", "libopenblas.so.0")
     for prefix in (sys.prefix, sys.base_prefix):
-        yield from sorted(map(str, Path(prefix).glob("lib/libmkl_rt.so*")), reverse=True)
+        found = map(str, Path(prefix).glob("lib/libmkl_rt.so*"))
+        yield from sorted(found, reverse=True)
     from importlib.metadata import PackageNotFoundError, files
     try:
-        yield from (str(f.locate()) for f in files("mkl") or () if "libmkl_rt." in f.name)
+        listed = files("mkl") or ()
+        yield from (str(f.locate()) for f in listed if "libmkl_rt." in f.name)
     except PackageNotFoundError:
         pass
 
@@ -76,17 +79,19 @@ def _open_blas():
     return _blas_in_scope()
 
 # %% ../nbs/00b_hardware.ipynb #ec8fafa9
-_LATE = ("mlx was imported before llmfs, so it is bound to its slow reference BLAS (matrix "
-         "products about 50 times slower): put `import llmfs` above the first mlx import")
-_NONE = ("no fast BLAS found, matrix products will be about 50 times slower: "
+_LATE = ("mlx was imported before llmfs, so it is bound to its slow reference BLAS "
+         "(matrix products tens of times slower): put `import llmfs` above the first "
+         "mlx import")
+_NONE = ("no fast BLAS found, so matrix products will be tens of times slower: "
          "apt install libopenblas0, or on x86-64 pip install mkl")
 
 
 @cache
-def load_blas()->str:  # "openblas", "mkl", another library's name, "reference", or "own"
+def load_blas(
+)->str:  # "openblas", "mkl", another library's name, "reference", or "own"
     """Make MLX on a Linux CPU use a fast BLAS; do nothing elsewhere ("own").
 
-    Works only before `mlx.core` is first imported; warns once where it comes too late."""
+    Works only before `mlx.core` is first imported; warns once if that is too late."""
     if not sys.platform.startswith("linux") or not _bundled_blas():
         return "own"
     late = "mlx.core" in sys.modules
@@ -123,12 +128,12 @@ def _chip():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    found = (line for line in lines if line.startswith("model name"))
+    return next(found, ":").partition(":")[2].strip() or platform.machine()
 
 
 def _n_cores():
-    "Processors this process may use: fewer than the machine has under taskset or a container."
+    "Processors this process may use; taskset and containers give fewer than all."
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -151,7 +156,7 @@ class Hardware:
     n_cores: int       # CPU cores this process may use
     memory_bytes: int  # memory that arrays can occupy
     blas: str          # what multiplies matrices on the CPU: see `load_blas`
-    compiler: str      # path of the C++ compiler that `mx.compile` needs on a Linux CPU, or ""
+    compiler: str      # path of the C++ compiler for `mx.compile` on a Linux CPU, or ""
     bfloat16: bool     # whether bfloat16 products are fast
 
     def __str__(self):
@@ -174,7 +179,8 @@ def hardware()->Hardware:
         memory = info.get("memory_size", info.get("total_memory", memory))
         bf16 = _has_bfloat16(backend, chip, info)
     blas = "accelerate" if sys.platform == "darwin" else load_blas()
-    return Hardware(backend, chip, _n_cores(), memory, blas, shutil.which("g++") or "", bf16)
+    compiler = shutil.which("g++") or ""
+    return Hardware(backend, chip, _n_cores(), memory, blas, compiler, bf16)
 
 
 def _has_bfloat16(backend, chip, info):
@@ -187,23 +193,26 @@ def _has_bfloat16(backend, chip, info):
 def pick_precision(
     precision: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
 )->str:  # the type to compute in; weights and optimizer state stay float32
-    "Resolve `auto` for this device: float32 on a CPU, bfloat16 where it is fast, else float16."
+    "Resolve `auto`: float32 on a CPU, bfloat16 where it is fast, else float16."
     known = ("auto", "float32", "bfloat16", "float16")
     if precision not in known:
-        raise ValueError(f"precision {precision!r} is unknown: choose one of {', '.join(known)}")
+        raise ValueError(f"precision {precision!r} is unknown: "
+                         f"choose one of {', '.join(known)}")
     if precision != "auto":
         return precision
     machine = hardware()
-    return "float32" if machine.backend == "cpu" else "bfloat16" if machine.bfloat16 else "float16"
+    if machine.backend == "cpu":
+        return "float32"
+    return "bfloat16" if machine.bfloat16 else "float16"
 
 # %% ../nbs/00b_hardware.ipynb #e90c9bc9
 def compile_pays()->bool:
-    "Whether `mx.compile` is worth its start-up here: on GPUs; on a CPU if LLMFS_COMPILE=1 asks."
+    "Whether `mx.compile` earns its start-up: on GPUs; on a CPU if LLMFS_COMPILE=1."
     wanted, machine = os.environ.get("LLMFS_COMPILE", ""), hardware()
     if wanted == "0" or (machine.backend == "cpu" and wanted != "1"):
         return False
     if machine.backend == "cpu" and not machine.compiler:
-        warnings.warn("LLMFS_COMPILE=1 needs a C++ compiler and g++ is not there "
+        warnings.warn("LLMFS_COMPILE=1 needs a C++ compiler and there is no g++ "
                       "(apt install g++): running uncompiled", RuntimeWarning, stacklevel=2)
         return False
     return True

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import textwrap
 
-import pytest
-
 import llmfs
 from llmfs import hardware as hw
+
+import pytest
 
 needs_help = pytest.mark.skipif(
     hw._bundled_blas() is None, reason="only MLX's CPU wheel for Linux brings a slow BLAS")
