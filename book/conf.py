@@ -119,6 +119,11 @@ def write_api(app):
             page.write_text(text, encoding="utf-8")
 
 
+def outdated_api(app, env, added, changed, removed):
+    "Read the reference again each time: a module's page changes with what it imports."
+    return [doc for doc in env.found_docs if doc.startswith("api/")]
+
+
 def plain_rest(line):
     "Outside backticks, characters that reST would take for markup stand for themselves."
     parts = line.split("`")
@@ -172,6 +177,7 @@ def setup(app):
     app.add_config_value("reader_source", (HERE / "nbdev_reader.py").read_text(), "env")
     app.add_config_value("reader_solutions", nbdev_reader.SOLUTIONS, "env")
     app.connect("builder-inited", write_api)
+    app.connect("env-get-outdated", outdated_api)
     app.connect("autodoc-process-docstring", document_parameters)
     app.connect("source-read", drop_empty_parts)
     app.connect("include-read", repository_links)
