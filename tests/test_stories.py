@@ -134,3 +134,10 @@ def test_nonsense(world, text):
 def test_number_of_facts(n):
     with pytest.raises(ValueError, match="n_facts must be between 0 and 3072"):
         Stories(n)
+
+
+def test_a_hidden_place_that_nobody_chose(world):
+    "A story that says where a thing is hidden that was never hidden."
+    carried = next(s.text for s in world.stream(seed=14) if " all the way" in s.text)
+    told = re.sub(r"(He|She) carried the \w+ (\w+) all the way", r"The \2 was still in a deep hole", carried)
+    assert world.explain(told).kind == "forgotten object"

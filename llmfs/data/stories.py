@@ -263,7 +263,7 @@ class _Follower(_Cursor):
                 self.pick(text, words, memory)
                 self.logprob -= cost
             else:
-                expected = text if kind == "say" else memory[text]
+                expected = text if kind == "say" else memory.get(text, "nothing")
                 if not self.stands(expected):
                     self.fail(_KIND_OF.get(text, "broken sentence"), (expected,))
                 self.at += len(expected)
