@@ -151,6 +151,13 @@ def document_parameters(app, what, name, obj, options, lines):
         lines.append(f":{field}: {plain_rest(' '.join(str(note).split()))}")
 
 
+def plain_types(app, what, name, obj, options, signature, returns):
+    "`Annotated[int, ...]` tells the command line something; the reader it is an int."
+    if signature and "Annotated[" in signature:
+        signature = re.sub(r"Annotated\[(.+?), ~?tyro\.[^\]]*\]", r"\1", signature)
+    return signature, returns
+
+
 def drop_empty_parts(app, docname, content):
     "A part of the book that has no chapters yet does not appear in the contents."
     if docname == "index":
@@ -178,6 +185,7 @@ def setup(app):
     app.add_config_value("reader_solutions", nbdev_reader.SOLUTIONS, "env")
     app.connect("builder-inited", write_api)
     app.connect("env-get-outdated", outdated_api)
+    app.connect("autodoc-process-signature", plain_types)
     app.connect("autodoc-process-docstring", document_parameters)
     app.connect("source-read", drop_empty_parts)
     app.connect("include-read", repository_links)
