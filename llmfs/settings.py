@@ -25,6 +25,7 @@ class Settings:
     minutes: float  # expected minutes for the chapter that asked
     train_stories: int  # stories of the built-in corpus that a chapter trains on
     train_steps: int  # optimizer steps of a chapter's training run
+    overview_steps: int  # steps of the overview's one run
     samples: int  # stories a chapter generates when it judges a model
 
 # %% ../nbs/00a_overview.ipynb #156089f4
@@ -36,9 +37,9 @@ scale = auto          # auto: ci on a CPU, laptop on Apple Silicon, gpu with CUD
 
 [DEFAULT]
 minutes = 1           # expected minutes of a chapter; minutes_00a is chapter 00a's own
-minutes_00a = 3
 train_stories = 2000  # stories of the built-in corpus that a chapter trains on
 train_steps = 150     # optimizer steps of a chapter's training run
+overview_steps = 300  # steps of the overview's one run
 samples = 20          # stories a chapter generates when it judges a model
 
 [ci]
@@ -46,11 +47,13 @@ samples = 20          # stories a chapter generates when it judges a model
 [laptop]
 train_stories = 20000
 train_steps = 1000
+overview_steps = 1500
 samples = 100
 
 [gpu]
 train_stories = 100000
 train_steps = 3000
+overview_steps = 3000
 samples = 200
 """
 
