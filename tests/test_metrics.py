@@ -5,11 +5,6 @@ import pickle
 import time
 
 import llmfs  # noqa: F401  (before mlx)
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-
 from llmfs.evaluation.metrics import (
     IGNORE,
     EvalResult,
@@ -30,6 +25,11 @@ from llmfs.model.ngram import NGram
 from llmfs.model.transformer import GPT, GPTConfig
 from llmfs.tokenizer.vocab import CharTokenizer
 from llmfs.training.data_loader import eval_batches
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
 
 
 def case(seed, shape=(3, 7), vocab=11, scale=3.0):
