@@ -60,6 +60,20 @@ def _candidates():
     except PackageNotFoundError:
         pass
 
+# %% ../nbs/00b_hardware.ipynb #db66f94b
+def _set_up_mkl(lib, file):
+    "32-bit indices; threads only if the OpenMP library they need can be loaded."
+    lib.MKL_Set_Interface_Layer(0)
+    if "MKL_THREADING_LAYER" in os.environ:
+        return
+    for openmp in (str(Path(file).with_name("libiomp5.so")), "libiomp5.so"):
+        try:
+            ctypes.CDLL(openmp)
+            return
+        except OSError:
+            pass
+    lib.MKL_Set_Threading_Layer(1)
+
 # %% ../nbs/00b_hardware.ipynb #534bb261
 def _open_blas():
     "Put the best BLAS there is into the global scope; return its file, or ''."
@@ -73,7 +87,7 @@ def _open_blas():
                               "library with cblas_sgemm, or none") from None
             continue
         if hasattr(lib, "MKL_Set_Interface_Layer"):
-            lib.MKL_Set_Interface_Layer(0)
+            _set_up_mkl(lib, name)
         if _blas_in_scope():
             break
     return _blas_in_scope()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import llmfs
 from llmfs import hardware as hw
@@ -82,6 +83,21 @@ def test_64_bit_interface_in_the_environment_does_no_harm():
         print("libmkl_intel_ilp64" in open("/proc/self/maps").read())"""
     name, total, wrong_layer = fresh(code, MKL_INTERFACE_LAYER="ILP64").stdout.split()
     assert total == "512.0" and wrong_layer == "False"
+
+
+@needs_help
+def test_mkl_without_its_openmp_uses_one_thread(tmp_path):
+    "MKL alone would end the process: undefined symbol omp_get_num_procs."
+    found = list(Path(sys.prefix).glob("lib/libmkl*.so.*"))
+    if not found:
+        pytest.skip("MKL is not installed in this environment")
+    for lib in found:
+        (tmp_path / lib.name).symlink_to(lib)
+    (rt,) = tmp_path.glob("libmkl_rt.so.*")
+    code = """
+        import llmfs, mlx.core as mx
+        print(float((mx.ones((300, 300)) @ mx.ones((300, 300))).sum()))"""
+    assert fresh(code, LLMFS_BLAS=str(rt)).stdout.strip() == "27000000.0"
 
 
 def test_a_torch_that_is_already_there_does_no_harm():
