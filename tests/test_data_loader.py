@@ -2,18 +2,19 @@
 
 import json
 
-import numpy as np
-import pytest
-
+from llmfs.data import tokens as module
+from llmfs.data.tokens import TokenFile, write_tokens
+from llmfs.tokenizer.vocab import CharTokenizer
 from llmfs.training.data_loader import (
     IGNORE,
     DataLoader,
-    TokenFile,
     best_fit,
     eval_batches,
     permuted,
-    write_tokens,
 )
+
+import numpy as np
+import pytest
 
 
 class Chars:
@@ -77,23 +78,23 @@ def test_processes_write_the_same_file(tmp_path):
         yield from documents(50)
         yield "\n".join(["a long line of text"] * 200_000)
 
-    one = write_tokens(texts(), Chars(), tmp_path / "one.npy")
-    two = write_tokens(texts(), Chars(), tmp_path / "two.npy", n_processes=2)
+    tokenizer = CharTokenizer("abcdefghijklmnopqrst.\n ")
+    one = write_tokens(texts(), tokenizer, tmp_path / "one.npy")
+    two = write_tokens(texts(), tokenizer, tmp_path / "two.npy", n_processes=2)
     assert one == two and one["n_documents"] == 51
 
 
-def test_long_documents_are_cut_only_between_words():
-    import re
+def test_long_documents_are_encoded_as_a_whole(tmp_path, monkeypatch):
+    from llmfs.tokenizer.vocab import train_tokenizer
 
-    from llmfs.training.data_loader import _pieces
-
-    gpt2 = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?\w+| ?[^\s\w]+|\s+(?!\S)|\s+")
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        text = "".join(rng.choice(list("ab .\n\n\t'"), 400))
-        pieces = list(_pieces(text, 30))
-        assert "".join(pieces) == text
-        assert sum((gpt2.findall(p) for p in pieces), []) == gpt2.findall(text)
+    texts = ["".join(rng.choice(list("ab .\n\n'"), 4000)) for _ in range(3)]
+    tokenizer = train_tokenizer(texts, 300)
+    tasks = module._tasks
+    monkeypatch.setattr(module, "_tasks", lambda documents: tasks(documents, 50))
+    write_tokens(texts, tokenizer, tmp_path / "a.npy")
+    want = [i for t in texts for i in (tokenizer.eot_id, *tokenizer.encode(t))]
+    assert TokenFile(tmp_path / "a.npy").ids.tolist() == want + [tokenizer.eot_id]
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):
@@ -322,9 +323,13 @@ def test_errors(path, mode):
     a, b = DataLoader(path, 2, 32, mode=mode), DataLoader(path, 2, 64, mode=mode)
     with pytest.raises(ValueError, match="seq_len 32, not 64"):
         b.load_state(a.state())
+    other = DataLoader(np.array(TokenFile(path).ids)[::-1], 2, 32, mode=mode)
+    with pytest.raises(ValueError, match="belongs to text"):
+        other.load_state(a.state())
+    DataLoader(np.array(TokenFile(path).ids), 4, 32, mode=mode).load_state(a.state())
     with pytest.raises(ValueError, match="unknown mode"):
         DataLoader(path, 2, 32, mode="words")
-    with pytest.raises(ValueError, match="rank"):
+    with pytest.raises(ValueError, match="rank 2 of 2"):
         DataLoader(path, 2, 32, rank=2, world_size=2)
 
 
@@ -335,3 +340,55 @@ def test_a_document_longer_than_many_blocks():
     batches = list(eval_batches(ids, 8, 32, "documents"))
     targets = np.concatenate([b.targets.ravel() for b in batches])
     assert multiset([targets[targets != IGNORE]]) == multiset([ids[1:]])
+
+
+# ---- buckets
+
+
+def bucket_rows(batch):
+    "The documents of a batch, as tuples of inputs."
+    for x, y in zip(batch.inputs, batch.targets):
+        n = int((y != IGNORE).sum())
+        assert (y[:n] != IGNORE).all() and (y[n:] == IGNORE).all()
+        yield tuple(x[:n].tolist())
+
+
+def test_buckets_are_whole_documents_each_at_most_once(path):
+    tokens = TokenFile(path)
+    whole = {r for b in eval_batches(tokens, 7, 512, "buckets") for r in bucket_rows(b)}
+    ends = np.flatnonzero(tokens.ids == tokens.eot_id)
+    assert whole == {tuple(tokens.ids[a:b].tolist()) for a, b in zip(ends, ends[1:])}
+    loader, rows, filled, places = DataLoader(tokens, 8, 512, "buckets"), [], 0, 0
+    while loader.state()["epoch"] == 0:
+        batch = next(loader)
+        assert batch.segments is None and len(batch.inputs) == 8
+        assert batch.inputs.shape[1] % 8 == 0 or batch.inputs.shape[1] == 512
+        rows += bucket_rows(batch)
+        filled, places = filled + (batch.targets != IGNORE).sum(), places + batch.targets.size
+    assert set(rows) <= whole and len(rows) >= len(whole) - 7 * loader.source.n_pools
+    assert filled > 0.9 * places
+
+
+def test_buckets_resume_and_share_between_ranks(path):
+    loader = DataLoader(path, 4, 256, "buckets", seed=3)
+    for _ in range(30):
+        next(loader)
+    state, expected = loader.state(), [next(loader) for _ in range(40)]
+    again = DataLoader(path, 4, 256, "buckets", seed=3)
+    again.load_state(state)
+    assert all(np.array_equal(next(again).targets, b.targets) for b in expected)
+    with pytest.raises(ValueError, match="rows_a_batch 4, not 8"):
+        DataLoader(path, 8, 256, "buckets", seed=3).load_state(state)
+    one = DataLoader(path, 4, 256, "buckets")
+    ranks = [DataLoader(path, 2, 256, "buckets", rank=r, world_size=2) for r in (0, 1)]
+    for _ in range(50):
+        parts = [list(bucket_rows(next(rank))) for rank in ranks]
+        assert list(bucket_rows(next(one))) == parts[0] + parts[1]
+
+
+def test_buckets_of_long_documents_and_little_text():
+    ids = np.array([0, *([1, 2, 3] * 40), 0, 5, 0])
+    rows = [r for b in eval_batches(ids, 4, 50, "buckets") for r in bucket_rows(b)]
+    assert sorted(map(len, rows)) == [2, 21, 50, 50]
+    loader = DataLoader(ids, 4, 50, "buckets")
+    assert sorted(len(r) for r in bucket_rows(next(loader))) == [2, 21, 50, 50]
