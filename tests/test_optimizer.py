@@ -2,14 +2,7 @@
 
 import math
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as mlx_optim
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
-
-import llmfs  # noqa: F401  (before mlx: it loads the fast BLAS)
+import llmfs  # noqa: I001
 from llmfs.training import optimizer as module
 from llmfs.training.optimizer import (
     QUINTIC,
@@ -26,6 +19,13 @@ from llmfs.training.optimizer import (
     warmup_cosine,
     warmup_linear,
 )
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as mlx_optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 class Block(nn.Module):
@@ -103,9 +103,9 @@ def ramp(t):
 # ---- AdamW
 
 
-@pytest.mark.parametrize("small", [0, 100, 1 << 18])
+@pytest.mark.parametrize("small", [100, 1 << 18])
 def test_adamw_equals_mlx_over_100_steps(small, monkeypatch):
-    monkeypatch.setattr(module, "_SMALL", small)
+    monkeypatch.setattr(module, "_VECTOR", small)
     model, betas = Net(), [0.9, 0.95]
     names = flat(model.parameters())
     groups = {True: set(), False: set()}
@@ -127,7 +127,7 @@ def test_adamw_equals_mlx_over_100_steps(small, monkeypatch):
     assert_close(got, want, 2e-5)
 
 
-def test_adamw_equals_torch_over_200_steps():
+def test_adamw_equals_torch_over_100_steps():
     torch = pytest.importorskip("torch")
     model = Net()
     start = {n: np.array(p) for n, p in flat(model.parameters()).items()}
@@ -140,17 +140,17 @@ def test_adamw_equals_torch_over_200_steps():
         for d, w in ((True, 0.1), (False, 0.0))
     ]
     opt = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8)
-    for t in range(200):
+    for t in range(100):
         for n, g in grads_of(model, t).items():
             params[n].grad = torch.tensor(np.array(g))
         for group in opt.param_groups:
-            group["lr"] = 0.01 * warmup_cosine(t, 200, 10)
+            group["lr"] = 0.01 * warmup_cosine(t, 100, 10)
         opt.step()
     got = run(
         AdamW(model, lr=0.01, betas=(0.9, 0.999)),
         model,
-        200,
-        lambda t: warmup_cosine(t, 200, 10),
+        100,
+        lambda t: warmup_cosine(t, 100, 10),
     )
     assert_close(got, {n: p.detach().numpy() for n, p in params.items()}, 2e-5)
 
@@ -335,25 +335,37 @@ def test_missing_gradient_is_named():
         make_optimizer("sgd", model)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_inside_compile(name):
-    "The state's containers stay the same objects, so `mx.compile` can capture them."
+def compiled(name):
     a, b = Net(), Net()
     plain, traced = make_optimizer(name, a), make_optimizer(name, b)
     state = [b.state, traced.state]
-    mx.disable_compile()  # same code path, without 20 s of g++; the trainer compiles
-    try:
-        step = mx.compile(
-            lambda g, s: traced.update(b, g, s), inputs=state, outputs=state
-        )
-        for t in range(3):
-            grads = tree_unflatten(list(grads_of(a, t).items()))
-            plain.update(a, grads, mx.array(0.5))
-            step(grads, mx.array(0.5))
-    finally:
-        mx.enable_compile()
-    assert_close(flat(b.parameters()), flat(a.parameters()), 1e-6)
-    assert traced.state is state[1] and traced.state["step"].item() == 3
+
+    def step(grads, scale):
+        traced.update(b, grads, scale)
+
+    step = mx.compile(step, inputs=state, outputs=state)
+    return a, b, plain, traced, step
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_can_be_traced(name):
+    "Nothing waits for a value; the kernels themselves (20 s of g++) are never built."
+    a, b, _, traced, step = compiled(name)
+    before = flat(traced.state)
+    step(tree_unflatten(list(grads_of(a, 0).items())), mx.array(0.5))
+    assert all(after is not before[n] for n, after in flat(traced.state).items())
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_compiled_equals_eager(name):
+    a, b, plain, traced, step = compiled(name)
+    for t in range(3):
+        grads = tree_unflatten(list(grads_of(a, t).items()))
+        plain.update(a, grads, mx.array(0.5 / (t + 1)))
+        step(grads, mx.array(0.5 / (t + 1)))
+    assert_close(flat(b.parameters()), flat(a.parameters()), 1e-4)
+    assert traced.state["step"].item() == 3
 
 
 # ---- schedules
