@@ -6,6 +6,7 @@ myst-nb calls `read` with the text of a notebook (`nb_custom_formats` in conf.py
 import ast
 import json
 import os
+import re
 
 import nbformat
 from fastcore.nbio import dict2nb
@@ -58,6 +59,19 @@ def figure(directives):
     return out
 
 
+def draws(cell):
+    "Whether a cell's outputs hold a picture."
+    outputs = cell.get("outputs", [])
+    return any(k.startswith("image/") for o in outputs for k in o.get("data", {}))
+
+
+def caption_below(cell):
+    "The text of a Markdown cell in italics, which is how a caption under a plot is written."
+    text = " ".join(cell.source.split()) if cell.cell_type == "markdown" else ""
+    found = re.match(r"([*_])(?!\1)(.+)\1$", text)
+    return re.sub(r"[*_`$]", "", found[2]) if found else ""
+
+
 def public_names(source):
     "Functions and classes that an exported cell adds to its module's API."
     try:
@@ -81,7 +95,7 @@ def read(text):
     module = next((f"llmfs.{c.directives_['default_exp'].split()[0]}" for c in cells
                    if c.cell_type == "code" and "default_exp" in c.directives_), None)
     out = []
-    for cell in cells:
+    for cell, below in zip(cells, [*cells[1:], None], strict=True):
         source, d = cell.source, cell.directives_ if cell.cell_type == "code" else {}
         if cell.cell_type == "markdown":
             out.append(nbformat.v4.new_markdown_cell(source))
@@ -89,6 +103,8 @@ def read(text):
             fold = prompt(d, source)
             meta = {"tags": sorted({*cell.metadata.get("tags", []), *tags(d)}),
                     "mystnb": {"code_prompt_show": fold, "code_prompt_hide": fold, **figure(d)}}
+            if draws(cell) and "image" not in meta["mystnb"] and below:
+                meta["mystnb"]["image"] = {"alt": caption_below(below) or "Plot"}
             outputs = [nbformat.from_dict(o) for o in cell.get("outputs", [])]
             out.append(nbformat.v4.new_code_cell(source, metadata=meta, outputs=outputs))
             names = public_names(source) if d.keys() & {"export", "exports"} else []

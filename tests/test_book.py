@@ -74,6 +74,15 @@ def test_figures_have_caption_name_and_alt():
     assert meta["image"] == {"alt": "A curve"}
 
 
+def test_a_caption_in_italics_is_the_alt_text_of_the_plot_above():
+    made = json.loads(notebook("x = 1", "*The claim: `x` falls.*"))
+    made["cells"][0]["outputs"] = [{"output_type": "display_data", "metadata": {},
+                                    "data": {"image/svg+xml": "<svg/>"}}]
+    cells = reader.read(json.dumps(made)).cells
+    assert cells[0].metadata["mystnb"]["image"] == {"alt": "The claim: x falls."}
+    assert "image" not in reader.read(notebook("x = 1", "*y*")).cells[0].metadata["mystnb"]
+
+
 def test_exported_cells_link_to_the_reference():
     exported = "#| exports\ndef f(x=1): pass\nclass C: pass\ndef _private(): pass\nK = 2"
     cells = reader.read(notebook("#| default_exp model.attention", exported)).cells
@@ -169,6 +178,16 @@ def test_pages_ask_for_nothing_outside_and_nothing_missing():
             assert not re.match(r"(\w+:)?//", url), f"{page.name} fetches {url}"
             if not url.startswith("data:"):
                 assert (page.parent / url.split("?")[0].split("#")[0]).exists(), (page.name, url)
+
+
+@built
+def test_every_picture_has_a_text():
+    for page in pages():
+        parser = Requests()
+        parser.feed(page.read_text(encoding="utf-8"))
+        for image in parser.images:
+            alt = image.get("alt")
+            assert alt is not None and "/" not in alt, (page.name, image)
 
 
 @built
