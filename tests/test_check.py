@@ -104,7 +104,7 @@ def test_rules(house, cells, said):
 
 
 def test_good_cells_pass(house):
-    cells = ("import llmfs\nimport mlx.core as mx", "%matplotlib inline\nx = 1", "from llmfs.settings import x")
+    cells = ("import llmfs\nimport mlx.core as mx", "%matplotlib inline\nx = 1", "(1\n!= 2)", "from llmfs.settings import x")
     notebook(house / "nbs" / CHAPTER, HEAD, EXPORT, *cells)
     assert check.house(house) == []
 

@@ -38,13 +38,21 @@ class Notebook:
         for cell in self.code:
             if exported and not re.search(r"^#\|\s*exports?\b", cell["source"], re.M):
                 continue
-            lines = [x for x in cell["source"].split("\n") if not re.match(r"\s*[%!?]", x)]
-            for node in ast.walk(ast.parse("\n".join(lines))):
+            for node in ast.walk(parse(cell["source"])):
                 if isinstance(node, ast.Import):
                     found += [a.name for a in node.names]
                 elif isinstance(node, ast.ImportFrom):
                     found += [f"{node.module}.{a.name}" for a in node.names]
         return found
+
+
+def parse(source: str) -> ast.AST:
+    "A code cell as a syntax tree; lines with magics (%matplotlib, !ls) are left out"
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        lines = [x for x in source.split("\n") if not re.match(r"\s*[%!?]", x)]
+        return ast.parse("\n".join(lines))
 
 
 def house(root: Path) -> list[str]:
