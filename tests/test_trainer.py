@@ -301,7 +301,7 @@ def test_stopped_twice_and_resumed_is_the_same_run(data, tmp_path):
             if t.at.step == stop:
                 os.kill(os.getpid(), signal.SIGINT)
         t.advance = advance
-        with pytest.raises(tr.Stopped, match=f"SIGINT: stopped after step {stop}; saved .*--resume"):
+        with pytest.raises(tr.Stopped, match=f"SIGINT: stopped after step {stop}, saved .*--resume"):
             t.fit()
     trainer(data, parts, model=small_model(seed=4, dropout=0.1), resume=True).fit()
     assert_same_run(whole, parts)
@@ -414,14 +414,18 @@ def test_sigterm_saves_and_says_how_to_go_on(data, tmp_path, never_stopped):
 @pytest.fixture
 def poison(monkeypatch):
     "Makes the loss of chosen steps not a number"
-    steps, count, real = set(), [0], st.token_loss
+    steps, count, loss, call = set(), [0], st.token_loss, st.TrainStep.__call__
 
     def token_loss(logits, targets):
-        count[0] += 1
-        nll, n = real(logits, targets)
+        nll, n = loss(logits, targets)
         return nll * (math.nan if count[0] in steps else 1.0), n
 
+    def counted(self, *args):
+        count[0] += 1
+        return call(self, *args)
+
     monkeypatch.setattr(st, "token_loss", token_loss)
+    monkeypatch.setattr(st.TrainStep, "__call__", counted)
     return steps
 
 
