@@ -1,7 +1,6 @@
 "The trainer: equal sums, exact resume, and every way a run can end."
 
 import errno
-import json
 import math
 import os
 import random
@@ -12,18 +11,19 @@ import textwrap
 import time
 
 import llmfs
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
-
 import llmfs.training.checkpoint as ck
 import llmfs.training.step as st
 import llmfs.training.trainer as tr
 from llmfs.model.transformer import GPT, GPTConfig
 from llmfs.tokenizer.vocab import CharTokenizer
-from llmfs.training.data_loader import TokenFile, write_tokens
+from llmfs.training.data_loader import DataLoader, TokenFile, write_tokens
+from llmfs.training.optimizer import make_optimizer
 from llmfs.training.step import RECIPES, TrainConfig, TrainStep, lr_scale, recipe
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
 
 WORDS = ["anna", "ben", "sees", "takes", "a", "the", "cat", "hat", "and", "runs"]
 
@@ -127,8 +127,6 @@ def test_max_minutes_ends_a_run(data, tmp_path):
 
 
 def losses(model, cfg, loader, n=50):
-    from llmfs.training.optimizer import make_optimizer
-
     step = TrainStep(model, make_optimizer("adamw", model, lr=3e-3), cfg)
     found = []
     for i in range(n):
@@ -138,8 +136,6 @@ def losses(model, cfg, loader, n=50):
 
 
 def loader(data, B, mode):
-    from llmfs.training.data_loader import DataLoader
-
     return DataLoader(TokenFile(data / "train.npy"), B, 32, mode, seed=0)
 
 
@@ -153,6 +149,19 @@ def test_four_small_batches_are_one_large(data, mode, steps):
     assert large[-1] < large[0] - 0.01 * steps
     for (k, x), (_, y) in zip(tree_flatten(a.parameters()), tree_flatten(b.parameters())):
         assert mx.allclose(x, y, atol=1e-4), k
+
+
+@pytest.mark.parametrize("mode", ["windows", "buckets"])
+def test_streams_change_nothing(data, mode):
+    "A batch computed in three streams, of rows that three does not divide, and whole."
+    cfg, runs = TrainConfig(batch_size=5, seq_len=32, mode=mode), []
+    for n in (0, 3):
+        model = small_model()
+        step = TrainStep(model, make_optimizer("adamw", model), cfg)
+        step.streams = tuple(mx.new_stream(mx.cpu) for _ in range(n))
+        batches = loader(data, 5, mode)
+        runs.append([step([next(batches)], 1.0)[0].item() for _ in range(20)])
+    assert np.allclose(*runs, atol=1e-5) and runs[0][-1] < runs[0][0] - 0.1
 
 
 def test_the_loss_is_that_of_the_whole_batch(data):
@@ -184,8 +193,6 @@ def test_half_precision_follows_float32(data, precision, far):
 
 def test_loss_scale_recovers_from_an_overflow(data):
     model = small_model()
-    from llmfs.training.optimizer import make_optimizer
-
     step = TrainStep(model, make_optimizer("muon", model), small_config(precision="float16"))
     step.scale = mx.array([2.0**24, 500.0])
     before, batches = [np.array(p) for _, p in tree_flatten(model.parameters())], loader(data, 4, "windows")

@@ -18,9 +18,9 @@ from mlx.utils import tree_map, tree_map_with_path
 
 # %% ../../nbs/03e_training.step.ipynb #636da40b
 from ..evaluation.metrics import token_loss
-from ..hardware import compile_pays, hardware, pick_precision
+from ..hardware import compile_pays, cpu_streams, hardware, pick_precision
 from ..model.transformer import GPTConfig, memory_bytes, preset
-from .data_loader import IGNORE
+from .data_loader import IGNORE, MODES
 from .optimizer import SCHEDULES, clip_by_global_norm, global_norm
 
 # %% ../../nbs/03e_training.step.ipynb #a6e7bfbb
@@ -64,7 +64,7 @@ _WHOLE = ["max_steps", "batch_size", "grad_accum", "seq_len", "eval_every", "sav
           "log_every", "max_bad_steps"]  # fmt: skip
 _FINITE = ["lr", "muon_lr", "weight_decay", "warmup", "final_lr", "grad_clip", "keep",
            "eval_batches"]  # fmt: skip
-_CHOICES = {"mode": ("documents", "windows"), "optimizer": ("muon", "adamw"),
+_CHOICES = {"mode": tuple(MODES), "optimizer": ("muon", "adamw"),
             "schedule": ("linear", "cosine", "constant"),
             "precision": ("auto", "float32", "bfloat16", "float16")}  # fmt: skip
 
@@ -120,6 +120,13 @@ def _cast(params, dtype):
 
 def _arrays(batch):
     return [None if a is None else mx.array(a) for a in batch]
+
+
+def _parts(batch, n):
+    "A batch cut into `n` batches of rows, as far as there are rows"
+    n = max(1, min(n, len(batch.inputs)))
+    split = [[None] * n if a is None else np.array_split(a, n) for a in batch]
+    return [type(batch)(*part) for part in zip(*split)]
 
 # %% ../../nbs/03e_training.step.ipynb #80c4e634
 GROW_EVERY = 1000  # good steps after which the loss scale doubles
@@ -184,6 +191,7 @@ class TrainStep(_Pieces):
         self.dtype = getattr(mx, pick_precision(cfg.precision))
         self.scale = mx.array([2.0**15 if self.dtype == mx.float16 else 1.0, 0.0])
         compiled, rng = compile_pays() if cfg.compile is None else cfg.compile, mx.random.state
+        self.streams = () if compiled else cpu_streams()
         for name in ["add", "apply", "both"] if compiled else []:
             setattr(self, name, mx.compile(getattr(self, name), inputs=rng, outputs=rng))
         if cfg.grad_checkpoint:
@@ -197,11 +205,14 @@ class TrainStep(_Pieces):
         n = sum(int(np.count_nonzero(b.targets != IGNORE)) for b in batches)
         weight, lr = mx.array(1 / max(n, 1)), mx.array(lr, mx.float32)
         params, state, sums = self.model.trainable_parameters(), self.optimizer.state, None
-        if len(batches) == 1:
-            out = self.both(params, state, self.scale, *_arrays(batches[0]), weight, lr)
+        parts = [p for b in batches for p in _parts(b, len(self.streams))]
+        streams = self.streams or [mx.default_device()]
+        if len(parts) == 1:
+            out = self.both(params, state, self.scale, *_arrays(parts[0]), weight, lr)
         else:
-            for b in batches:
-                sums = self.add(params, self.scale, sums, *_arrays(b), weight)
+            for i, part in enumerate(parts):
+                with mx.stream(streams[i % len(streams)]):
+                    sums = self.add(params, self.scale, sums, *_arrays(part), weight)
                 mx.async_eval(sums)
             out = self.apply(params, state, self.scale, sums, lr)
         params, self.optimizer.state, self.scale, *report = out
