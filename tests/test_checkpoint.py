@@ -1,27 +1,23 @@
 "Checkpoints: whole or not there, damaged means refused, restored means equal."
 
 import errno
-import io
 import json
 import os
-import pickle
-import resource
-import signal
 import subprocess
 import sys
 import textwrap
 import zipfile
 
 import llmfs
-import mlx.core as mx
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
-
 from llmfs.model.transformer import GPT, GPTConfig
 from llmfs.tokenizer.vocab import CharTokenizer
 from llmfs.training import checkpoint as ck
 from llmfs.training.optimizer import make_optimizer
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
 
 TOKENIZER = CharTokenizer("abcdefgh ")
 

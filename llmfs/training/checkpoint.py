@@ -21,6 +21,7 @@ from pathlib import Path
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #121b20fc
 import llmfs
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path

@@ -9,9 +9,11 @@ __all__ = ['GROW_EVERY', 'RECIPES', 'TrainConfig', 'progress', 'lr_scale', 'next
 # %% ../../nbs/03e_training.step.ipynb #8ef19ee6
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 
 # %% ../../nbs/03e_training.step.ipynb #d74bbc0b
 import llmfs
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map, tree_map_with_path
@@ -206,12 +208,11 @@ class TrainStep(_Pieces):
         weight, lr = mx.array(1 / max(n, 1)), mx.array(lr, mx.float32)
         params, state, sums = self.model.trainable_parameters(), self.optimizer.state, None
         parts = [p for b in batches for p in _parts(b, len(self.streams))]
-        streams = self.streams or [mx.default_device()]
         if len(parts) == 1:
             out = self.both(params, state, self.scale, *_arrays(parts[0]), weight, lr)
         else:
-            for i, part in enumerate(parts):
-                with mx.stream(streams[i % len(streams)]):
+            for part, stream in zip(parts, cycle(self.streams or [mx.default_device()])):
+                with mx.stream(stream):
                     sums = self.add(params, self.scale, sums, *_arrays(part), weight)
                 mx.async_eval(sums)
             out = self.apply(params, state, self.scale, sums, lr)

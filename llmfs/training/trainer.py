@@ -18,6 +18,7 @@ from pathlib import Path
 
 # %% ../../nbs/03e_training.trainer.ipynb #503e2956
 import llmfs
+
 import mlx.core as mx
 from tqdm import tqdm
 
