@@ -2,11 +2,11 @@ import os
 import random
 
 import llmfs
-import numpy as np
-import pytest
-
 from llmfs.tokenizer.vocab import CharTokenizer, Tokenizer, train_tokenizer
 from llmfs.training import prepare as P
+
+import numpy as np
+import pytest
 
 
 def test_splits_lose_and_share_nothing():

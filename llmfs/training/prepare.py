@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['split_documents', 'choose_vocab_size', 'make_tokenizer', 'token_path', 'encode_texts', 'pick_mode', 'save_run_files',
-           'load_run_files']
+           'load_run_files', 'read_texts', 'corpus_file', 'run_text', 'refuse_old_run', 'new_run', 'continue_run']
 
 # %% ../../nbs/03g_training.prepare.ipynb #94f21d89
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 # %% ../../nbs/03g_training.prepare.ipynb #73eb5139
+from ..data.corpus import read_documents
+from ..data.tokens import TokenFile, write_tokens
 from llmfs.tokenizer.vocab import (
     CharTokenizer,
     load_tokenizer,
     train_tokenizer,
     write_json,
 )
-from .data_loader import TokenFile, write_tokens
 
 # %% ../../nbs/03g_training.prepare.ipynb #c27e3e18
 def _cut(text, share):
@@ -144,3 +147,122 @@ def load_run_files(
         raise FileNotFoundError(f"{out} holds no run to go on with: {path} is missing") from None
     except (ValueError, AttributeError, TypeError):
         raise ValueError(f"{path} is damaged: start anew with --overwrite") from None
+
+# %% ../../nbs/03g_training.prepare.ipynb #66683de7
+def read_texts(
+    paths: Iterable[str | Path],  # files, folders, patterns
+) -> list[str]:  # documents that are not blank
+    "Documents of files. Raises FileNotFoundError, and ValueError where there is no text."
+    texts = [text for text in read_documents(paths) if text.strip()]
+    if not texts:
+        raise ValueError(f"there is no text in {', '.join(map(str, paths))}")
+    return texts
+
+
+def corpus_file(
+    folder: str | Path,  # as `download` fills it
+    name: str,  # "train" or "validation"
+) -> Path:  # FOLDER/NAME.txt
+    "A file of a corpus. Raises FileNotFoundError that says how to make it."
+    path = Path(folder) / f"{name}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}: run `llmfs download-data` or give --text FILE"
+        )
+    return path
+
+# %% ../../nbs/03g_training.prepare.ipynb #0edf6bd7
+def run_text(
+    out: str | Path,  # folder of the run
+    text: Sequence[str | Path] = (),  # own files; none: the corpus
+    data: str | Path = "data",  # folder of the corpus, and of its tokenizer.json
+    tokenizer: str | None = None,  # "char", "bpe", a file; None: the corpus's, else "bpe"
+    say: Callable[[str], None] = print,  # shows a line
+) -> tuple:  # the tokenizer, TokenFiles for training and for validation
+    "What a run reads, made where it is missing."
+    if text:
+        folder, sources = Path(out) / "data", [None, None]
+        parts = split_documents(read_texts(text))
+    else:
+        folder = Path(data)
+        sources = [corpus_file(data, name) for name in ("train", "validation")]
+        parts = [read_texts([path]) for path in sources]
+    for made in (folder, Path(out)):
+        made.mkdir(parents=True, exist_ok=True)
+    known = folder / "tokenizer.json"
+    which = tokenizer or (str(known) if known.is_file() and not text else "bpe")
+    tok = make_tokenizer(which, parts[0], progress=sys.stderr.isatty())
+    if which == "bpe" and (text or not known.exists()):
+        tok.save(known)
+    say(f"text: {len(parts[0]):,} documents, {len(parts[1]):,} more held back, "
+        f"{tok.vocab_size:,} tokens")  # fmt: skip
+    return tok, *(
+        encode_texts(texts, tok, token_path(folder, name, tok), source, name)
+        for name, texts, source in zip(("train", "validation"), parts, sources)
+    )
+
+# %% ../../nbs/03g_training.prepare.ipynb #e860fe09
+def refuse_old_run(
+    out: str | Path,  # folder of a run to come
+) -> None:
+    "Raise FileExistsError where there is a run."
+    from llmfs.training.checkpoint import checkpoints
+
+    found = checkpoints(out) + [p for p in [Path(out) / "metrics.jsonl"] if p.exists()]
+    if found:
+        raise FileExistsError(
+            f"{out} holds a run ({found[0].name}): go on with --resume, start anew with "
+            "--overwrite, or choose another --out"
+        )
+
+
+def _disown(out):
+    "A quick start that is trained further is no longer the quick start's to replace."
+    (Path(out) / "quickstart.json").unlink(missing_ok=True)
+
+# %% ../../nbs/03g_training.prepare.ipynb #80a1381d
+def new_run(
+    model_size: str,  # one of PRESETS
+    out: str | Path,  # folder of the run
+    text: Sequence[str | Path] = (),  # as in `run_text`
+    data: str | Path = "data",  # as in `run_text`
+    tokenizer: str | None = None,  # as in `run_text`
+    *,
+    overwrite: bool = False,  # replace a run that is there
+    say: Callable[[str], None] = print,  # shows a line
+    **values,  # fields of TrainConfig that differ from the recipe
+):  # a Trainer: fit() runs it
+    "Text, tokenizer, model and trainer for a preset."
+    from llmfs.model.transformer import GPT, preset
+    from llmfs.training.trainer import Trainer, recipe
+
+    import mlx.core as mx
+
+    length = {"max_seq_len": values["seq_len"]} if values.get("seq_len") else {}
+    recipe(model_size, preset(model_size, **length), **values)
+    if not overwrite:
+        refuse_old_run(out)
+    tok, train, validation = run_text(out, text, data, tokenizer, say)
+    shape = preset(model_size, vocab_size=tok.vocab_size, **length)
+    cfg = recipe(model_size, shape, **values)
+    cfg = replace(cfg, mode=pick_mode(train.header, cfg.seq_len))
+    mx.random.seed(cfg.seed)
+    trainer = Trainer(GPT(shape), cfg, tokenizer=tok, train=train, validation=validation,
+                      out=out, overwrite=overwrite, say=say)  # fmt: skip
+    _disown(out)
+    save_run_files(out, train=train.path, validation=validation.path)
+    return trainer
+
+
+def continue_run(
+    out: str | Path,  # folder of the run
+    say: Callable[[str], None] = print,  # shows a line
+    **values,  # fields of TrainConfig that shall differ
+):  # a Trainer: fit() goes on
+    "The run in a folder, as it stood."
+    from llmfs.training.trainer import resume_training
+
+    files = {name: TokenFile(path) for name, path in load_run_files(out).items()}
+    trainer = resume_training(out, **files, say=say, **values)
+    _disown(out)
+    return trainer
