@@ -228,6 +228,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'llmfs/evaluation/generate.py'),
                                            'llmfs.evaluation.generate._prefill': ( 'evaluation.generate.html#_prefill',
                                                                                    'llmfs/evaluation/generate.py'),
+                                           'llmfs.evaluation.generate._seen': ( 'evaluation.generate.html#_seen',
+                                                                                'llmfs/evaluation/generate.py'),
                                            'llmfs.evaluation.generate._unsafe_tail': ( 'evaluation.generate.html#_unsafe_tail',
                                                                                        'llmfs/evaluation/generate.py'),
                                            'llmfs.evaluation.generate.apply_temperature': ( 'evaluation.generate.html#apply_temperature',

@@ -10,8 +10,21 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from llmfs.model.attention import Attention, KVCache, attend, causal_mask
-from llmfs.model.embedding import Rope, halves_to_pairs, pairs_to_halves, sinusoids
+from llmfs.model.attention import (
+    Attention,
+    KVCache,
+    attend,
+    causal_mask,
+    exp,
+    sigmoid,
+)
+from llmfs.model.embedding import (
+    Rope,
+    halves_to_pairs,
+    pairs_to_halves,
+    positions_in,
+    sinusoids,
+)
 from llmfs.model.transformer import (
     GPT,
     PRESETS,
@@ -133,6 +146,124 @@ def test_transformers_gives_the_same_logits(kind, heads, tied):
     assert np.abs(np.array(model(tokens)) - want).max() < 1e-4
 
 
+@pytest.mark.parametrize("kind, heads", [("llama", 1), ("llama", 4), ("qwen3", 2)])
+def test_mlx_lm_gives_the_same_logits(kind, heads):
+    models = pytest.importorskip(f"mlx_lm.models.{kind}")
+    model = build(n_kv_heads=heads, **SHAPES[kind])
+    cfg = model.cfg
+    args = models.ModelArgs.from_dict(dict(
+        model_type=kind, hidden_size=cfg.d_model, num_hidden_layers=cfg.n_layers,
+        intermediate_size=cfg.d_ff, num_attention_heads=cfg.n_heads,
+        num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.head_dim,
+        rms_norm_eps=cfg.norm_eps, vocab_size=cfg.vocab_size, rope_theta=cfg.rope_theta,
+        max_position_embeddings=cfg.max_seq_len, tie_word_embeddings=True,
+    ))  # fmt: skip
+    theirs = models.Model(args)
+    weights = [("model." + k, v) for k, v in tree_flatten(model.parameters())]
+    theirs.load_weights(weights, strict=True)
+    tokens = ids(2, 70)
+    assert gap(model(tokens), theirs(tokens)) < 1e-4
+
+
+# --- positions and attention ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offset", [0, 3, 1000])
+def test_rope_equals_the_kernel(interleaved, offset):
+    x = mx.random.normal((2, 3, 9, 12))
+    want = mx.fast.rope(
+        x, 12, traditional=interleaved, base=500.0, scale=1.0, offset=offset
+    )
+    assert gap(Rope(12, 500.0, interleaved)(x, offset), want) < 1e-4
+
+
+def test_rope_layouts_convert_into_each_other():
+    w = mx.random.normal((24, 5))
+    x = mx.random.normal((7, 5))
+    halves = Rope(8)((x @ w.T).reshape(7, 3, 8).swapaxes(0, 1))
+    moved = halves_to_pairs(w, 8)
+    pairs = Rope(8, interleaved=True)((x @ moved.T).reshape(7, 3, 8).swapaxes(0, 1))
+    product = lambda x: x @ x.swapaxes(-1, -2)  # noqa: E731
+    assert gap(product(halves), product(pairs)) < 1e-4
+    assert gap(pairs_to_halves(moved, 8), w) == 0 < gap(moved, w)
+
+
+def test_sinusoids_are_the_papers():
+    want = np.zeros((9, 6))
+    for t in range(9):
+        for i in range(3):
+            want[t, 2 * i] = np.sin(t / 10_000 ** (2 * i / 6))
+            want[t, 2 * i + 1] = np.cos(t / 10_000 ** (2 * i / 6))
+    assert np.abs(np.array(sinusoids(9, 6)) - want).max() < 1e-6
+
+
+def test_positions_start_again_with_each_document():
+    segments = mx.array([[7, 7, 3, 3, 3, 7, -1, -1], [0] * 8])
+    assert positions_in(segments).tolist() == [[0, 1, 0, 1, 2, 0, 0, 1], list(range(8))]
+
+
+def test_exp_and_sigmoid_are_accurate_everywhere():
+    x = np.concatenate([np.linspace(-87, 87, 40_001), [0.0, -0.0]]).astype(np.float32)
+    truth = np.exp(x.astype(np.float64))
+    assert np.abs(np.array(exp(mx.array(x))) / truth - 1).max() < 1e-5
+    far = mx.array([-1e9, -200.0, 200.0, 1e9])
+    assert not mx.isnan(exp(far)).any() and mx.isfinite(sigmoid(far)).all()
+    assert exp(far)[0].item() < 1e-37 and sigmoid(far)[0].item() < 1e-37
+    assert abs(sigmoid(far)[3].item() - 1) < 1e-6
+    slope = mx.grad(lambda x: exp(x).sum())(mx.array(x[:40_001]))
+    assert np.abs(np.array(slope) / truth[:40_001] - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("length, keys", [(5, 5), (64, 64), (200, 200), (130, 170), (1, 9)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_attend_equals_the_kernel_forward_and_backward(length, keys, heads):
+    H, G = heads
+    q = mx.random.normal((2, H, length, 8))
+    k, v = mx.random.normal((2, 2, G, keys, 8))
+    real = causal_mask(length, keys - length, left_padding=mx.array([0, 2]))
+    bias = mx.random.normal((H, length, keys))
+
+    def reference(mask):
+        return lambda q, k, v: mx.square(
+            mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5, mask=mask)
+        ).sum()
+
+    for mask, causal in (("causal", False), (None, True), (real, True), (bias, False)):
+        ours = lambda q, k, v: mx.square(attend(q, k, v, mask, causal)).sum()  # noqa: B023, E731
+        got, grads = mx.value_and_grad(ours, argnums=(0, 1, 2))(q, k, v)
+        want, want_grads = mx.value_and_grad(reference(mask), argnums=(0, 1, 2))(q, k, v)
+        assert abs(got - want) < 1e-4 * abs(want)
+        assert all(gap(a, b) < 1e-3 for a, b in zip(grads, want_grads))
+
+
+def test_layer_equals_mlx_multi_head_attention():
+    theirs, ours = nn.MultiHeadAttention(24, 3, bias=True), Attention(24, 3, bias=True)
+    for name in ("query", "key", "value", "out"):
+        ours[f"{name[0]}_proj"].update(theirs[f"{name}_proj"].parameters())
+    x = mx.random.normal((2, 80, 24))
+    mask = nn.MultiHeadAttention.create_additive_causal_mask(80)
+    assert gap(ours(x), theirs(x, x, x, mask)) < 1e-5
+
+
+def test_cache_grows_trims_and_keeps():
+    cache, k = KVCache(left_padding=[0, 1, 2], step=4), mx.random.normal((3, 2, 11, 5))
+    sizes = []
+    for a, b in ((0, 3), (3, 4), (4, 5), (5, 11)):
+        keys, values = cache.update(k[:, :, a:b], -k[:, :, a:b])
+        sizes.append(cache.keys.shape[2])
+        assert gap(keys, k[:, :, :b]) == 0 and gap(values, -k[:, :, :b]) == 0
+    assert sizes == [4, 4, 8, 12] and cache.nbytes == 2 * 3 * 2 * 12 * 5 * 4
+    assert cache.trim(4) == 4 and cache.offset == 7 and cache.trim(-3) == 0
+    keys, _ = cache.update(k[:, :, :1], k[:, :, :1])
+    assert gap(keys, mx.concatenate([k[:, :, :7], k[:, :, :1]], axis=2)) == 0
+    cache.keep(mx.array([2, 0]))
+    assert cache.left_padding.tolist() == [2, 0] and gap(cache.keys[1, :, :7], k[0, :, :7]) == 0
+    with pytest.raises(ValueError, match="2 rows, not 3"):
+        cache.update(k, k)
+    assert cache.trim(99) == 8 and cache.offset == 0
+
+
 # --- invariants -----------------------------------------------------------------------
 
 VARIANTS = [
@@ -234,6 +365,48 @@ def test_gradients_agree_with_finite_differences(variant, packed):
         assert abs(slope - exact) < 2e-2 * max(1, abs(exact)), name
 
 
+def test_blocks_can_start_by_adding_nothing():
+    model = GPT(GPTConfig(**SMALL, residual_init="zero"))
+    x = mx.random.normal((1, 5, 32))
+    assert gap(model.layers[0](x), x) == 0
+    plain, scaled = (
+        GPT(GPTConfig(**SMALL, residual_init=name)).layers[1].mlp.down_proj.weight.std()
+        for name in ("plain", "scaled")
+    )
+    assert abs(plain / scaled - 2) < 0.2  # the root of twice two layers
+
+
+def test_dropout_acts_in_training_only():
+    model = build(dropout=0.5)
+    tokens = ids(1, 9)
+    assert gap(model(tokens), model(tokens)) == 0
+    model.train()
+    assert gap(model(tokens), model(tokens)) > 0.1
+
+
+def test_bad_calls_are_refused():
+    model = build(positions="learned")
+    with pytest.raises(ValueError, match="65 tokens do not fit max_seq_len=64"):
+        model(ids(1, 65))
+    cache = model.make_cache()
+    model(ids(1, 60), cache=cache)
+    with pytest.raises(ValueError, match="66 tokens do not fit"):
+        model(ids(1, 6), cache=cache)
+    with pytest.raises(ValueError, match="tokens must be"):
+        model(ids(5))
+    with pytest.raises(ValueError, match="not both"):
+        model(ids(1, 2), segments=mx.zeros((1, 2), mx.int32), cache=cache)
+    with pytest.raises(ValueError, match="n_kv_heads=3"):
+        Attention(16, 4, n_kv_heads=3)
+    with pytest.raises(ValueError, match="even width"):
+        Rope(7)
+
+
+def test_last_only_is_the_last_position():
+    model, tokens = build(), ids(2, 9)
+    assert gap(model(tokens, last_only=True), model(tokens)[:, -1:]) < 1e-5
+
+
 def test_initial_loss_is_that_of_a_uniform_guess():
     for shape in SHAPES.values():
         mx.random.seed(0)
@@ -270,6 +443,54 @@ def test_presets_have_the_size_of_their_name(name):
     if name != "tiny":
         size = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
         assert abs(built / size - 1) < 0.03
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="fitted on a CPU")
+@pytest.mark.parametrize("variant, batch, length", [
+    ({}, 8, 256), ({}, 16, 64), (GPT2, 8, 128), (LLAMA, 8, 128),
+    (dict(activation="relu2"), 8, 128), (dict(n_heads=4, n_kv_heads=1), 4, 256),
+    (dict(vocab_size=8000), 4, 128), (dict(d_model=256, d_ff=1024), 1, 64),
+])  # fmt: skip
+def test_memory_of_a_training_step(variant, batch, length):
+    optim = pytest.importorskip("mlx.optimizers")
+    cfg = preset("tiny", **(dict(vocab_size=500) | variant))
+    model, optimizer = GPT(cfg), optim.AdamW(1e-3)
+    optimizer.init(model.trainable_parameters())
+    tokens = ids(batch, length, vocab=500)
+    mx.eval(model.parameters(), optimizer.state, tokens)
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    def loss(model):
+        return nn.losses.cross_entropy(model(tokens), tokens).mean()
+
+    value, grads = nn.value_and_grad(model, loss)(model)
+    optimizer.update(model, grads)
+    mx.eval(value, model.parameters(), optimizer.state)
+    measured = mx.get_peak_memory() - base + 3 * 4 * count_params(cfg)
+    assert abs(memory_bytes(cfg, batch, length).total / measured - 1) < 0.15
+
+
+def test_memory_of_decoding():
+    cfg = preset("50m")
+    cache = GPT(cfg).make_cache()
+    keys = mx.zeros((2, cfg.n_kv_heads, 512, cfg.head_dim))
+    for layer in cache:
+        layer.update(keys, keys)
+    memory = memory_bytes(cfg, 2, 512, training=False)
+    assert memory.cache == sum(layer.nbytes for layer in cache)
+    assert memory.total == memory.weights + memory.cache == 4 * count_params(cfg) + memory.cache
+
+
+@pytest.mark.parametrize("variant", [{}, GPT2, dict(n_kv_heads=2, head_dim=16)])
+def test_flops_count_every_matrix_product(variant):
+    cfg = GPTConfig(**(SMALL | variant))
+    flat = tree_flatten(GPT(cfg).parameters())
+    skip = ("embed_positions",)
+    matrices = sum(w.size for k, w in flat if w.ndim == 2 and not k.startswith(skip))
+    scores = cfg.n_layers * 2 * cfg.n_heads * cfg.head_dim * 40
+    assert flops_per_token(cfg, 40, training=False) == 2 * (matrices + scores)
+    assert flops_per_token(cfg, 40) == 3 * flops_per_token(cfg, 40, training=False)
 
 
 def test_unknown_preset_names_the_known_ones():
