@@ -36,10 +36,13 @@ def code(megabytes):
     return "".join(out)[: int(megabytes * 1e6)]
 
 
+clock = time.perf_counter
+
+
 def seconds(f, *args):
-    start = time.perf_counter()
+    start = clock()
     result = f(*args)
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def train_tokenizers(lines, vocab_size):
@@ -70,9 +73,10 @@ def training(text, vocab_size, processes):
 
 
 def encoding(text, name, processes):
-    import tiktoken
     from llmfs.data.words import GPT2_PATTERN
     from llmfs.tokenizer.vocab import from_gpt2_files, to_tokenizer_json
+
+    import tiktoken
     from tokenizers import Tokenizer
 
     ours = from_gpt2_files(DATA / "gpt2")
@@ -94,7 +98,7 @@ def encoding(text, name, processes):
     assert ids.tolist() == theirs
     pieces = text.splitlines(keepends=True)
     t, _ = seconds(lambda: [e.ids for e in hf.encode_batch_fast(pieces)])
-    report("tokenizers, batch", t)
+    report("tokenizers", t)
     if processes > 1:
         t, again = seconds(lambda: ours.encode_array(text, processes=processes))
         report(f"llmfs, {processes} processes", t)
@@ -165,12 +169,17 @@ def main():
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--vocab-size", type=int, default=10_000)
     parser.add_argument("--only", choices=["train", "encode"])
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--machine", default=f"{os.cpu_count()} cores, {platform.machine()}")
+    parser.add_argument("--cpu", action="store_true", help="processor time, one process")
+    parser.add_argument("--record", action="store_true", help="implies --cpu")
+    parser.add_argument("--machine", default=f"one core, {platform.machine()}")
     args = parser.parse_args()
     if not (DATA / "books.txt.xz").is_file():
         print("bench_tokenizer: no ../shared/data/books.txt.xz here, nothing to measure")
         return
+    if args.cpu or args.record:
+        global clock
+        clock, args.processes = time.process_time, 1
+        os.environ["RAYON_NUM_THREADS"] = "1"  # for tokenizers, which is in Rust
     text, speed = books(args.mb), {}
     if args.only != "encode":
         key = f"train {args.vocab_size:,} on {args.mb:g} MB, seconds"

@@ -8,9 +8,6 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from llmfs.data.words import (
     GPT2_PATTERN,
     KINDS,
@@ -41,6 +38,9 @@ from llmfs.tokenizer.vocab import (
     to_tokenizer_json,
     train_tokenizer,
 )
+
+import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ROOT.parent / "shared" / "data" / "gpt2"

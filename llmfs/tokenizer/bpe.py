@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['Symbols', 'merge', 'still_there', 'learn_merges', 'train_bpe', 'merge_by_rank', 'merge_long', 'find_merges',
-           'WordIds', 'BPE', 'encode_array', 'encode_batch']
+           'WordIds', 'BPE', 'are_merges', 'encode_array', 'encode_batch']
 
 # %% ../../nbs/01c_tokenizer.bpe.ipynb #dddf268f
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from llmfs.data.words import (
     APART,
@@ -24,6 +22,8 @@ from llmfs.data.words import (
     map_blocks,
     mark_stops,
 )
+
+import numpy as np
 
 # %% ../../nbs/01c_tokenizer.bpe.ipynb #b0864d67
 class Symbols:
@@ -279,7 +279,7 @@ class BPE:
             tokens = _bytes_of(bytes(range(256))) + [x + y for x, y in merges]
             merges = {token: i for i, token in enumerate(tokens)}
         self.ranks, self.special_tokens, self.split = merges, special_tokens or {}, split
-        self._learned: bool | None = None  # by merging; not known yet
+        self.merged: bool | None = None  # see `are_merges`
         stops = [chr(0xD800 + i) for i in range(len(self.special_tokens))] + [APART]
         ids = [*self.special_tokens.values(), -1]
         self._stops = {s.encode("utf-8", "surrogatepass"): [i] for s, i in zip(stops, ids)}
@@ -294,22 +294,24 @@ class BPE:
             return ids
         if word in self.ranks:
             return [self.ranks[word]]
-        if len(word) < _LONG or self._are_merges():
+        if len(word) < _LONG or are_merges(self):
             return _merge(word, self.ranks)
         return merge_by_rank(word, self.ranks)
-
-    def _are_merges(self) -> bool:
-        if self._learned is None:
-            try:
-                find_merges(self.ranks)
-                self._learned = True
-            except ValueError:
-                self._learned = False
-        return self._learned
 
     def encode_block(self, text: str) -> np.ndarray:  # (n,) int32
         "Ids of a text that `mark_stops` has marked."
         return self._word_ids(*self.split(text))
+
+# %% ../../nbs/01c_tokenizer.bpe.ipynb #9fa4aab9
+def are_merges(bpe: BPE) -> bool:
+    "Were the ranks made by merging? Found out once, when a long word appears."
+    if bpe.merged is None:
+        try:
+            find_merges(bpe.ranks)
+            bpe.merged = True
+        except ValueError:
+            bpe.merged = False
+    return bpe.merged
 
 # %% ../../nbs/01c_tokenizer.bpe.ipynb #850876ec
 def encode_array(

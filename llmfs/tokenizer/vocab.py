@@ -17,8 +17,6 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from llmfs.data.words import (
     GPT2_PATTERN,
     clean_surrogates,
@@ -27,6 +25,8 @@ from llmfs.data.words import (
     mark_stops,
 )
 from .bpe import BPE, encode_array, encode_batch, find_merges, train_bpe
+
+import numpy as np
 
 # %% ../../nbs/01d_tokenizer.vocab.ipynb #7bc25ad9
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -50,7 +50,7 @@ def hide_bytes(shown: str) -> bytes:
 # %% ../../nbs/01d_tokenizer.vocab.ipynb #bf432484
 EOT = "<|endoftext|>"
 
-
+# %% ../../nbs/01d_tokenizer.vocab.ipynb #8c9ee358
 class TokenIds:
     "The ids of a tokenizer and the bytes that they stand for."
 
@@ -87,8 +87,7 @@ class TokenIds:
         known = (ids >= 0) & (ids < self.vocab_size)
         known[known] = self._n_bytes[ids[known]] >= 0
         if not known.all():
-            n = len(self.tokens)
-            raise ValueError(f"id {ids[~known][0]} is none of this tokenizer's {n} tokens")
+            raise ValueError(f"id {ids[~known][0]} is none of the {len(self.tokens)} tokens")
         return ids
 
 # %% ../../nbs/01d_tokenizer.vocab.ipynb #f4e6dde8
@@ -107,7 +106,7 @@ class StreamDecoder:
         "At the end: U+FFFD if a character was left unfinished."
         return self._utf8.decode(b"", final=True)
 
-
+# %% ../../nbs/01d_tokenizer.vocab.ipynb #55b5c6db
 class Decoding(TokenIds):
     "Ids that can be read."
 
@@ -139,7 +138,7 @@ def write_json(value: dict, path: str | Path) -> None:
     finally:
         beside.unlink(missing_ok=True)
 
-
+# %% ../../nbs/01d_tokenizer.vocab.ipynb #725c5023
 class Vocabulary(Decoding):
     "Ids that can be read and saved. A tokenizer adds `to_dict`, `from_dict`, `encode_array`."
 
@@ -324,7 +323,7 @@ def from_gpt2_files(
     special = {EOT: ids.pop(EOT)} if EOT in ids else {}
     return Tokenizer({hide_bytes(token): i for token, i in ids.items()}, special)
 
-
+# %% ../../nbs/01d_tokenizer.vocab.ipynb #55f98db6
 def from_tiktoken(
     path: str | Path,  # lines of a token in base64 and its rank
     special_tokens: dict[str, int] | None = None,  # name -> id
