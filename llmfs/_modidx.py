@@ -26,6 +26,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'llmfs.cli.parse': ('cli.html#parse', 'llmfs/cli.py'),
                            'llmfs.cli.refuse': ('cli.html#refuse', 'llmfs/cli.py'),
                            'llmfs.cli.talk': ('cli.html#talk', 'llmfs/cli.py'),
+                           'llmfs.cli.trainer_for': ('cli.html#trainer_for', 'llmfs/cli.py'),
                            'llmfs.cli.write_json_lines': ('cli.html#write_json_lines', 'llmfs/cli.py'),
                            'llmfs.cli.write_texts': ('cli.html#write_texts', 'llmfs/cli.py')},
             'llmfs.data.corpus': { 'llmfs.data.corpus.Source': ('data.corpus.html#source', 'llmfs/data/corpus.py'),
