@@ -84,10 +84,10 @@ def attend(
     q: mx.array,  # (B, H, L, K) queries
     k: mx.array,  # (B, G, S, K) keys; G divides H
     v: mx.array,  # (B, G, S, K) values
-    mask: mx.array | str | None = "causal",  # True = may look; floats are added to scores
+    mask: mx.array | str | None = "causal",  # True = may look; floats are added
     causal: bool = False,  # promise: the mask lets no query look ahead
 ) -> mx.array:  # (B, H, L, K)
-    "Scaled dot-product attention (Vaswani et al. 2017, eq. 1); the last query stands at the last key."
+    "Attention (Vaswani et al. 2017, eq. 1); the last query stands at the last key."
     if q.shape[2] > 1 and _plain_cpu(q):
         return _attend_in_blocks(q, k, v, mask, causal)
     scale = q.shape[-1] ** -0.5
@@ -133,7 +133,8 @@ class _Buffers:
     def _make_room(self, k, v):
         B, G, L, K = k.shape
         if self.keys is not None and B != len(self.keys):
-            raise ValueError(f"cache holds {len(self.keys)} rows, not {B}: make a new one")
+            rows = len(self.keys)
+            raise ValueError(f"cache holds {rows} rows, not {B}: make a new one")
         used = 0 if self.keys is None else self.keys.shape[2]
         if self.offset + L <= used:
             return
@@ -200,7 +201,7 @@ class _Projections(nn.Module):
         if n_heads % G:
             raise ValueError(f"n_kv_heads={G} must divide n_heads={n_heads}")
         if head_dim is None and d_model % n_heads:
-            raise ValueError(f"d_model={d_model} must be a multiple of n_heads={n_heads}")
+            raise ValueError(f"d_model={d_model}: no multiple of n_heads={n_heads}")
         self.n_heads, self.n_kv_heads, self.head_dim, self.rope = n_heads, G, K, rope
         self.q_proj = nn.Linear(d_model, n_heads * K, bias=bias)
         self.k_proj = nn.Linear(d_model, G * K, bias=bias)

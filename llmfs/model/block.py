@@ -144,7 +144,7 @@ def _fill_and_check_sizes(cfg):
 # %% ../../nbs/02c_model.block.ipynb #4a34aeb1
 @dataclass(frozen=True)
 class GPTConfig(_Shape):
-    "Shape of a model; `None` fields are filled in, everything else is checked (ValueError)."
+    "Shape of a model; `None` is filled in, all else is checked (ValueError)."
 
     kind = "gpt"  # a subclass takes another name
 
@@ -184,7 +184,7 @@ def _config_from(values):
     kind = values.pop("kind", "gpt")
     if kind not in _KINDS:
         known = ", ".join(_KINDS)
-        raise ValueError(f"kind={kind!r}: import the module that defines it (known: {known})")
+        raise ValueError(f"kind={kind!r}: import its module first (known: {known})")
     unknown = sorted(values.keys() - {f.name for f in fields(_KINDS[kind])})
     if unknown:
         raise ValueError(f"config has unknown fields: {', '.join(unknown)}")

@@ -32,14 +32,12 @@ def sinusoids(
     return mx.array(table.reshape(length, width).astype(np.float32))
 
 # %% ../../nbs/02a_model.embedding.ipynb #5162a959
-class Rope:
-    "Rotary positions (Su et al. 2021, eq. 34): turn each pair of coordinates."
-
+class _Tables:
     def __init__(
         self,
         head_dim: int,  # K, even
         theta: float = 10_000.0,  # base of the frequencies
-        interleaved: bool = False,  # pairs (0,1), (2,3) … as in the paper; else (i, i+K/2)
+        interleaved: bool = False,  # pairs (0,1), (2,3) …; else pairs (i, i+K/2)
     ):
         self.head_dim, self.theta, self.interleaved = head_dim, theta, interleaved
         self.frequencies = rope_frequencies(head_dim, theta)
@@ -63,6 +61,10 @@ class Rope:
         join = np.stack if self.interleaved else np.concatenate
         table = join([first, second], -1).reshape(len(first), -1)
         return mx.array(table.astype(np.float32))
+
+# %% ../../nbs/02a_model.embedding.ipynb #9ab7a942
+class Rope(_Tables):
+    "Rotary positions (Su et al. 2021, eq. 34): turn each pair of coordinates."
 
     def __call__(
         self,

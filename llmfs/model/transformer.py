@@ -65,8 +65,8 @@ class GPT(_Parts):
     ) -> mx.array:  # (B, L, V) logits
         "Logits of the next token at each position."
         h = self.features(tokens, segments, cache)  # (B, L, D)
-        h = h[:, -1:] if last_only else h
-        return self.embed_tokens.as_linear(h) if self.cfg.tie_embeddings else self.lm_head(h)
+        head = self.embed_tokens.as_linear if self.cfg.tie_embeddings else self.lm_head
+        return head(h[:, -1:] if last_only else h)
 
     def features(
         self,
@@ -76,7 +76,7 @@ class GPT(_Parts):
     ) -> mx.array:  # (B, L, D) after the last norm
         "Everything before the output head."
         if tokens.ndim != 2 or (cache and segments is not None):
-            raise ValueError("tokens must be (B, L), with segments or a cache, not both")
+            raise ValueError("tokens must be (B, L); segments or cache, not both")
         L, first = tokens.shape[1], cache[0] if cache else None
         x = self.embed_tokens(tokens)  # (B, L, D)
         if self.cfg.positions in ("learned", "sinusoidal"):
@@ -166,7 +166,7 @@ def flops_per_token(
     seq_len: int | None = None,  # L, keys that each query meets; None: max_seq_len
     training: bool = True,  # forward and backward, 3 times the forward
 ) -> int:  # floating-point operations; a multiply-add counts 2
-    "Matrix-multiplication FLOPs a token, the causal half not deducted (PaLM's convention)."
+    "FLOPs of matrix products a token, causal half not deducted (as PaLM counts)."
     L = cfg.max_seq_len if seq_len is None else seq_len
     D, H, G, K = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
     projections = 2 * D * H * K + 2 * D * G * K
@@ -184,7 +184,8 @@ def _floats_per_token(cfg, L, fused):
     wide = {"swiglu": 4.5, "gelu": 4, "relu2": 2.5}[cfg.activation] * F
     scores = 0 if fused else cfg.n_heads * L * (0.65 if L > 128 else 0.95)
     passing = 16 * D + 3.4 * F + (0 if fused else cfg.n_heads * L)
-    return cfg.n_layers * (4 * D + heads + wide + scores) + passing + (2 if fused else 3.5) * V
+    logits = (2 if fused else 3.5) * V
+    return cfg.n_layers * (4 * D + heads + wide + scores) + passing + logits
 
 # %% ../../nbs/02c_model.transformer.ipynb #741ceae3
 class Memory(NamedTuple):
@@ -206,7 +207,7 @@ def memory_bytes(
     weight_bytes: int = 4,  # bytes a parameter
     activation_bytes: int = 4,  # bytes an activation
     optimizer_slots: int = 2,  # float32 arrays a parameter: AdamW 2, Muon 1
-    fused: bool | None = None,  # kernels that keep no scores, as CUDA's; None: this device
+    fused: bool | None = None,  # kernels that keep no scores, as on CUDA; None: here
 ) -> Memory:
     "Memory of a training step, or of decoding to `seq_len`."
     L = cfg.max_seq_len if seq_len is None else seq_len
