@@ -329,6 +329,20 @@ def test_resume_takes_the_one_before(data, tmp_path):
     assert_same_run(whole, parts)
 
 
+def test_the_loss_scale_is_part_of_the_state(data, tmp_path):
+    whole, parts, half = tmp_path / "whole", tmp_path / "parts", dict(precision="float16", max_steps=8, eval_every=9)
+    for out, stop in [(whole, 8), (parts, 4)]:
+        t = trainer(data, out, **half)
+        t.step.scale = mx.array([2.0**22, 0.0])
+        t.begin()
+        while t.at.step < stop:
+            t.advance()
+        t.save() if stop < 8 else t.finish()
+    assert 1 < t.step.scale[0].item() < 2.0**22
+    trainer(data, parts, resume=True, **half).fit()
+    assert_same_run(whole, parts)
+
+
 def test_resume_can_go_further(data, tmp_path):
     trainer(data, tmp_path, max_steps=4).fit()
     tokens = TokenFile(data / "train.npy")
@@ -456,8 +470,10 @@ def test_too_many_bad_steps_stop_the_run(data, tmp_path, poison):
     found, c = arrays(tmp_path / "last.npz")
     assert c.step == 8 and found["optimizer step"] == 5
     assert all(np.isfinite(a).all() for a in found.values())
+    again = trainer(data, tmp_path, resume=True, max_bad_steps=3)
     poison.clear()
-    assert trainer(data, tmp_path, resume=True, max_bad_steps=3).fit()["steps"] == 12
+    poison.add(9)  # the steps of this test so far: 8; one more bad one is not the fourth in a row
+    assert again.fit()["steps"] == 12
 
 
 def test_full_disk_stops_the_run_and_loses_nothing(data, tmp_path, monkeypatch):

@@ -219,8 +219,10 @@ class _News:
         if not bar.disable:
             done = progress(self.cfg, self.at.step, self.clock())
             bar.total = max(self.at.step, round(self.at.step / done))
-            memory = mx.get_peak_memory() / 2**30
-            bar.set_postfix_str(f"loss {self.loss:.3f}, {self.rate:,} tokens/s, {memory:.1f} GiB", refresh=False)
+            memory = mx.get_peak_memory() / 2**20
+            size = f"{memory / 1024:.1f} GiB" if memory > 1024 else f"{memory:.0f} MiB"
+            speed = f", {self.rate:,} tokens/s" * bool(self.rate)
+            bar.set_postfix_str(f"loss {self.loss:.3f}{speed}, {size}", refresh=False)
             bar.update()
 
 # %% ../../nbs/03e_training.trainer.ipynb #07c8fe75
