@@ -214,7 +214,7 @@ class WordTable:
         head, tail = _keys(data, at, length)
         slot = ((head ^ tail * _MIX[0]) * _MIX[1] >> self.shift).astype(np.int64)
         numbers = self.number[slot]
-        known = (self.head[slot] == head) & (self.tail[slot] == tail) & (length < 16)
+        known = (self.head[slot] == head) & (self.tail[slot] == tail)
         rest = np.flatnonzero(~known)
         numbers[rest] = self._look_up(data, at[rest].tolist(), starts[rest + 1].tolist())
         rest = rest[length[rest] < 16]
