@@ -292,7 +292,7 @@ def latest_checkpoint(
 # %% ../../nbs/03d_training.checkpoint.ipynb #d61d52f7
 def prune_checkpoints(
     folder: str | Path,  # where a run writes
-    keep: int = 2,  # how many step_*.npz to leave
+    keep: int = 2,  # how many step files to leave
 ) -> None:
     "Delete all but the newest `keep` step files"
     steps = sorted(Path(folder).glob("step_*.npz"), reverse=True)

@@ -153,10 +153,10 @@ class _Steps:
 class _Files:
     "Saving and restoring"
     def save(self) -> Path:  # last.npz
-        "Write step_*.npz and call it last.npz too; only last.npz where no steps are kept"
+        "Write a step file and call it last.npz too; only last.npz where no steps are kept"
         self.settle()
         last, keep, at = self.out / "last.npz", self.cfg.keep, self.at
-        if self.saved == at.step and last.exists():
+        if self.saved == (at.step, at.last_eval) and last.exists():
             return last
         at.seconds, self.started = self.clock(), time.perf_counter()
         extra = dict(run=asdict(at), train=self.cfg.to_dict(), log_bytes=self.log.sync(),
@@ -168,7 +168,7 @@ class _Files:
         if keep:
             link_checkpoint(path, "last.npz")
         prune_checkpoints(self.out, keep)
-        self.saved = at.step
+        self.saved = at.step, at.last_eval
         return last
 
     def restore(self, ckpt):
@@ -180,7 +180,8 @@ class _Files:
         self.at = RunState(**ckpt.extra["run"])
         self.step.scale = mx.array(ckpt.extra["loss_scale"])
         self.log_bytes = ckpt.extra["log_bytes"]
-        self.saved = self.at.step if ckpt.path.name == "last.npz" else -1
+        if ckpt.path.name == "last.npz":
+            self.saved = self.at.step, self.at.last_eval
         if self.at.bad >= self.cfg.max_bad_steps:
             self.at.bad = 0  # it stopped here: somebody has looked at it
 
@@ -269,7 +270,7 @@ class _Setup:
         self.optimizer = make_optimizer(cfg.optimizer, model, **rates)
         self.step = TrainStep(model, self.optimizer, cfg)
         self.loader = DataLoader(train, cfg.batch_size, cfg.seq_len, cfg.mode, cfg.seed)
-        self.at, self.log_bytes, self.saved = RunState(window=[]), 0, -1
+        self.at, self.log_bytes, self.saved = RunState(window=[]), 0, None
         mx.random.seed(cfg.seed)
         if resume:
             self.restore(latest_checkpoint(self.out, self.say) if resume is True else resume)
