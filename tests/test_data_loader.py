@@ -140,6 +140,22 @@ def test_bad_files_are_named(path, tmp_path):
             TokenFile(path)
 
 
+def test_readers_keep_the_file_they_opened(path):
+    old = TokenFile(path)
+    ids = np.array(old.ids)
+    write_tokens(documents(300, seed=1), Chars(), path)
+    assert np.array_equal(old.ids, ids)
+    assert not np.array_equal(TokenFile(path).ids, ids)
+
+
+def test_header_with_a_wrong_count(path):
+    header = json.loads(path.with_suffix(".json").read_text())
+    header["n_tokens"] += 1
+    path.with_suffix(".json").write_text(json.dumps(header))
+    with pytest.raises(ValueError, match="does not match"):
+        TokenFile(path)
+
+
 def test_spot_check_sees_another_file(path):
     f = TokenFile(path)
     f.verify(full=False)
@@ -364,7 +380,10 @@ def test_buckets_are_whole_documents_each_at_most_once(path):
         assert batch.segments is None and len(batch.inputs) == 8
         assert batch.inputs.shape[1] % 8 == 0 or batch.inputs.shape[1] == 512
         rows += bucket_rows(batch)
-        filled, places = filled + (batch.targets != IGNORE).sum(), places + batch.targets.size
+        filled, places = (
+            filled + (batch.targets != IGNORE).sum(),
+            places + batch.targets.size,
+        )
     assert set(rows) <= whole and len(rows) >= len(whole) - 7 * loader.source.n_pools
     assert filled > 0.9 * places
 
@@ -384,6 +403,15 @@ def test_buckets_resume_and_share_between_ranks(path):
     for _ in range(50):
         parts = [list(bucket_rows(next(rank))) for rank in ranks]
         assert list(bucket_rows(next(one))) == parts[0] + parts[1]
+
+
+def test_buckets_leave_out_other_documents_each_epoch(tmp_path):
+    write_tokens(documents(47, mean=30), Chars(), tmp_path / "few.npy")
+    loader, epochs = DataLoader(tmp_path / "few.npy", 8, 64, "buckets"), {}
+    while (epoch := loader.state()["epoch"]) < 30:
+        epochs.setdefault(epoch, set()).update(bucket_rows(next(loader)))
+    assert {len(rows) for rows in epochs.values()} == {40}
+    assert len(set.union(*epochs.values())) == 47
 
 
 def test_buckets_of_long_documents_and_little_text():

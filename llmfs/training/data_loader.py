@@ -184,13 +184,15 @@ class _Buckets(_Documents):
     code = 2
 
     def plan(self, epoch, pool=0):
-        spans = sorted(self.spans(epoch, pool), key=lambda s: s[0] - s[1])
-        n = len(spans) // self.group
+        spans = self.spans(epoch, pool)
+        n, key = len(spans) // self.group, _key(self.seed, epoch or 0, pool)
+        if epoch is not None and n:  # which documents fill no batch is drawn
+            spans = [spans[i] for i in permuted(range(n * self.group), len(spans), key)]
+        spans.sort(key=lambda s: s[0] - s[1])
         if epoch is None or not n:
             return len(spans), [[span] for span in spans]
-        # what fills no batch sits this epoch out; the next epoch draws other pools
-        order = permuted(range(n), n, _key(self.seed, epoch, pool))
-        rows = [[s] for i in order for s in spans[i * self.group : (i + 1) * self.group]]
+        starts = permuted(range(n), n, key) * self.group
+        rows = [[s] for at in starts for s in spans[at : at + self.group]]
         return len(rows), rows
 
     def rows(self, plan, at, n):
