@@ -75,7 +75,7 @@ def _remove(path):
 def atomic_write(
     path: str | Path,  # the file to replace; its folder is made if missing
 ):  # a binary file, open for writing and reading, that becomes `path` at the end
-    "Write beside, sync, rename: `path` is the old file or the new one. Raises SaveError, DiskFull"
+    "Write beside, sync, rename: old file or new one. Raises SaveError, DiskFull"
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -134,7 +134,8 @@ def _to_numpy(arrays):
     arrays = {k: v if isinstance(v, mx.array) else mx.array(v) for k, v in arrays.items()}
     mx.eval(list(arrays.values()))
     bf16 = [k for k, v in arrays.items() if v.dtype == mx.bfloat16]
-    return {k: np.asarray(v.view(mx.uint16) if k in bf16 else v) for k, v in arrays.items()}, bf16
+    bits = {k: v.view(mx.uint16) if k in bf16 else v for k, v in arrays.items()}
+    return {k: np.asarray(v) for k, v in bits.items()}, bf16
 
 def _as_dict(x, method):
     return x if x is None or isinstance(x, dict) else getattr(x, method)()
@@ -181,20 +182,22 @@ class Checkpoint:
     rng: mx.array = field(repr=False)  # MLX's random state, uint32 (2,)
 
     def restore(self, model=None, optimizer=None, loader=None):
-        "Put the saved state back where it came from. Raises CheckpointError where it does not fit"
+        "Put the state back where it came from. Raises CheckpointError if it does not fit"
         if model is not None:
-            _fits(self.path, "weights", dict(tree_flatten(model.parameters())), self.weights)
+            _fits(self.path, "weights", model.parameters(), self.weights)
             model.load_weights(list(self.weights.items()))
         if optimizer is not None:
-            _fits(self.path, "optimizer state", dict(tree_flatten(optimizer.state)), self.optimizer)
-            optimizer.state = tree_map_with_path(lambda k, _: self.optimizer[k], optimizer.state)
+            _fits(self.path, "optimizer state", optimizer.state, self.optimizer)
+            saved = lambda path, _: self.optimizer[path]
+            optimizer.state = tree_map_with_path(saved, optimizer.state)
         if loader is not None and self.loader is not None:
             loader.load_state(self.loader)
         high, low = self.rng.tolist()
         mx.random.seed(high << 32 | low)
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #9174ce79
-def _fits(path, what, want, have):
+def _fits(path, what, tree, have):
+    want = dict(tree_flatten(tree))
     odd = sorted(want.keys() ^ have.keys())
     odd += [k for k in sorted(want.keys() & have.keys()) if want[k].shape != have[k].shape]
     if odd:
@@ -216,7 +219,7 @@ def load_checkpoint(
         with np.load(path, allow_pickle=False) as z:
             meta = json.loads(z["meta"].tobytes())
             if meta["format"] != 1:
-                raise CheckpointError(f"{path} was written by a newer llmfs; upgrade to read it")
+                raise CheckpointError(f"{path} is of a newer llmfs; upgrade to read it")
             read = lambda prefix: _from_numpy(z, prefix, meta["bfloat16"])
             return Checkpoint(path, meta["step"], meta["config"], meta["tokenizer"],
                 meta["loader"], meta["extra"], read("model."),
@@ -229,7 +232,8 @@ def load_checkpoint(
 # %% ../../nbs/03d_training.checkpoint.ipynb #229d4930
 def _from_numpy(z, prefix, bf16):
     arrays = {k: mx.array(z[k]) for k in z.files if k.startswith(prefix)}
-    return {k.removeprefix(prefix): v.view(mx.bfloat16) if k in bf16 else v for k, v in arrays.items()}
+    arrays |= {k: arrays[k].view(mx.bfloat16) for k in arrays.keys() & set(bf16)}
+    return {k.removeprefix(prefix): v for k, v in arrays.items()}
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #4e783bb7
 from ..model.transformer import GPT, GPTConfig
@@ -242,7 +246,7 @@ def load_model(
     "A model ready to use, built from nothing but its checkpoint"
     ckpt = load_checkpoint(path, weights_only=True)
     model = GPT(GPTConfig.from_dict(ckpt.config))
-    _fits(path, "weights", dict(tree_flatten(model.parameters())), ckpt.weights)
+    _fits(path, "weights", model.parameters(), ckpt.weights)
     model.load_weights(list(ckpt.weights.items()))
     model.eval()
     return model, ckpt.tokenizer and load_tokenizer(ckpt.tokenizer), ckpt
@@ -278,7 +282,7 @@ def latest_checkpoint(
     folder: str | Path,  # where a run writes
     warn=print,  # called with one line for each damaged file passed over
 ) -> Checkpoint:
-    "The newest good checkpoint of a run. Raises FileNotFoundError, CheckpointError if none is"
+    "The newest good checkpoint. Raises FileNotFoundError, CheckpointError if none is"
     found = checkpoints(folder)
     if not found:
         raise FileNotFoundError(f"there is no checkpoint in {folder}")

@@ -30,7 +30,7 @@ from .optimizer import SCHEDULES, clip_by_global_norm, global_norm
 class TrainConfig:
     "How to train: everything but the model and the data"
     max_steps: int = 1000  # optimizer steps
-    max_minutes: float | None = None  # stop after so many minutes at the latest; the schedule ends there
+    max_minutes: float | None = None  # stop after so many minutes; the schedule ends there
     batch_size: int = 16  # sequences at once (B)
     grad_accum: int = 1  # batches whose gradients are added up for one step
     seq_len: int = 256  # tokens in a sequence (L)
@@ -108,7 +108,8 @@ def lr_scale(
     "The schedule at a step; with max_minutes it rises by steps and falls by the clock"
     warmup, last = min(cfg.warmup, cfg.max_steps - 1), cfg.max_steps - 1
     shape = dict(decay=cfg.decay) if cfg.schedule == "linear" else {}
-    at = lambda s: SCHEDULES[cfg.schedule](s, cfg.max_steps, warmup, 1.0, cfg.final_lr, **shape)
+    fall, final = SCHEDULES[cfg.schedule], cfg.final_lr
+    at = lambda s: fall(s, cfg.max_steps, warmup, 1.0, final, **shape)
     if not cfg.max_minutes:
         return at(step)
     ahead = int(progress(cfg, step, seconds) * cfg.max_steps)
@@ -289,5 +290,6 @@ def recipe(
     B, pieces = values["batch_size"], 1
     while need(B // pieces) > room and pieces < B:
         pieces *= 2
-    found = dict(batch_size=B // pieces, grad_accum=pieces, grad_checkpoint=need(B // pieces) > room)
+    found = dict(batch_size=B // pieces, grad_accum=pieces)
+    found["grad_checkpoint"] = need(B // pieces) > room
     return TrainConfig(**values | found | given)

@@ -133,8 +133,9 @@ class _Steps:
             else:
                 self.note_bad(step, where)
             if step % self.cfg.log_every == 0 and at.window:
-                self.log.write(step=step, loss=round(sum(at.window) / len(at.window), 6),
-                               lr=round(lr, 6), grad_norm=round(norm.item(), 6), tokens=at.tokens)  # fmt: skip
+                mean = sum(at.window) / len(at.window)
+                self.log.write(step=step, loss=round(mean, 6), lr=round(lr, 6),
+                    grad_norm=round(norm.item(), 6), tokens=at.tokens)  # fmt: skip
                 self.note_speed(step)
                 at.window = []
 
@@ -142,11 +143,12 @@ class _Steps:
         "Log a step that changed nothing; stop the run at too many in a row"
         overflow = math.isfinite(self.loss) and self.step.scale[0].item() > 1
         self.at.bad += not overflow
-        self.log.write(step=step, skipped="overflow" if overflow else "not finite", batch=where)
+        why = "overflow" if overflow else "not finite"
+        self.log.write(step=step, skipped=why, batch=where)
         if self.at.bad >= self.cfg.max_bad_steps:
             raise NonFiniteLoss(
-                f"the loss was not finite {self.at.bad} times in a row, up to step {step} on batch "
-                f"{where}; the last good weights are in {self.save()}; try a lower learning rate"
+                f"the loss was not finite {self.at.bad} times in a row, up to step {step} "
+                f"on batch {where}; the last good weights are in {self.save()}; lower the rate"
             )
 
 # %% ../../nbs/03e_training.trainer.ipynb #d7389d24
@@ -160,7 +162,7 @@ class _Files:
             return last
         at.seconds, self.started = self.clock(), time.perf_counter()
         extra = dict(run=asdict(at), train=self.cfg.to_dict(), log_bytes=self.log.sync(),
-                     loss_scale=self.step.scale.tolist(), data=self.train.header["sha256"])  # fmt: skip
+            loss_scale=self.step.scale.tolist(), data=self.train.header["sha256"])  # fmt: skip
         name = f"step_{at.step:07}.npz" if keep else "last.npz"
         path = save_checkpoint(self.out / name, model=self.model, config=self.model.cfg,
             tokenizer=self.tokenizer, optimizer=self.optimizer, step=at.step,
@@ -172,10 +174,10 @@ class _Files:
         return last
 
     def restore(self, ckpt):
-        "Stand where a checkpoint stood. Raises ValueError if the training text is another one"
+        "Stand where a checkpoint stood. Raises ValueError if the text is another one"
         if ckpt.extra["data"] != self.train.header["sha256"]:
-            raise ValueError(f"{ckpt.path} was trained on other tokens than {self.train.path}; "
-                             "start anew with --overwrite")  # fmt: skip
+            raise ValueError(f"{ckpt.path} was trained on other tokens than "
+                f"{self.train.path}; start anew with --overwrite")  # fmt: skip
         ckpt.restore(self.model, self.optimizer, self.loader)
         self.at = RunState(**ckpt.extra["run"])
         self.step.scale = mx.array(ckpt.extra["loss_scale"])
@@ -214,7 +216,7 @@ class _News:
         self.mark = now, self.at.tokens
         self.rate = round((self.at.tokens - tokens) / max(now - then, 1e-9))
         self.log.write(self.log.speed, step=step, seconds=round(self.clock(), 3),
-                       tokens_per_second=self.rate, memory_bytes=mx.get_peak_memory())  # fmt: skip
+            tokens_per_second=self.rate, memory_bytes=mx.get_peak_memory())  # fmt: skip
 
     def show_on(self, bar):
         if not bar.disable:
@@ -363,7 +365,7 @@ def resume_training(
     say=None,  # called with each line of news
     **given,  # fields of TrainConfig that shall differ, such as max_steps; None: as it was
 ) -> Trainer:  # fit() goes on
-    "A run as it stood at its newest good checkpoint. Raises FileNotFoundError, CheckpointError"
+    "A run at its newest good checkpoint. Raises FileNotFoundError, CheckpointError"
     ckpt = latest_checkpoint(out, say or print)
     given = {k: v for k, v in given.items() if v is not None}
     known = {f.name for f in fields(TrainConfig)}
