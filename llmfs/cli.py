@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Text', 'Names', 'Int', 'Float', 'Name', 'Tok', 'FLAGS', 'COMMANDS', 'FULL', 'Command', 'QuickstartCommand',
-           'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'load', 'Generate', 'talk', 'write_json_lines',
-           'write_texts', 'Evaluate', 'TestModel', 'fold_box', 'UsageError', 'parse', 'describe', 'main']
+           'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'load', 'Generate', 'talk',
+           'write_json_lines', 'write_texts', 'Evaluate', 'TestModel', 'fold_box', 'UsageError', 'parse', 'describe',
+           'main']
 
 # %% ../nbs/06b_cli.ipynb #065ac654
 import contextlib
@@ -68,7 +69,13 @@ class QuickstartCommand(Command):
         sizes = dict(out=self.out, seed=self.seed)
         if self.max_minutes is not None:
             sizes["max_minutes"] = self.max_minutes
-        results = quickstart(Quickstart(**sizes), self.overwrite, self.say)
+        try:
+            results = quickstart(Quickstart(**sizes), self.overwrite, self.say)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "stopped: the same command starts anew, and if training had begun, "
+                f"llmfs train --resume --out {self.out} goes on with it"
+            ) from None
         self.say("\n" + report_text(results))
         self.say(f"\nnext       llmfs generate --checkpoint {self.out}/best.npz --interactive")
         self.result(results)
@@ -157,30 +164,34 @@ class Train(Command):
     seed: int = 0  # the same seed gives the same run
 
     def run(self) -> None:
-        from llmfs.hardware import require_mlx
-
-        require_mlx()
-        from llmfs.training.prepare import continue_run, new_run
-
-        if self.resume and self.text:
-            raise ValueError("--resume goes on with the text of the run: leave --text out")
-        values = {name: getattr(self, name) for name in FLAGS.split()}
-        values = {name: value for name, value in values.items() if value is not None}
-        if self.resume:
-            trainer = continue_run(self.out, self.say, **values)
-        else:
-            trainer = new_run(
-                self.model_size, self.out, self.text, self.data, self.tokenizer,
-                overwrite=self.overwrite, say=self.say, seed=self.seed,
-                precision=self.precision, **values,
-            )  # fmt: skip
-        report = trainer.fit()
+        report = trainer_for(self).fit()
         loss, step = report["val_loss"], report["best_step"]
         self.say(f"validation loss {loss:.4f} nats a token at step {step}")
         for label, key in (("checkpoint", "best"), ("log", "log"), ("loss plot", "plot")):
             if report.get(key):
                 self.say(f"{label:<11}{report[key]}")
         self.result(report)
+
+# %% ../nbs/06b_cli.ipynb #c7db0034
+def trainer_for(c: Train):
+    "The trainer of a new run, or of the one to go on with."
+    from llmfs.hardware import require_mlx
+
+    require_mlx()
+    from llmfs.training.prepare import continue_run, new_run
+
+    if c.resume and c.text:
+        raise ValueError("--resume goes on with the text of the run: leave --text out")
+    values = {name: getattr(c, name) for name in FLAGS.split()}
+    values = {name: value for name, value in values.items() if value is not None}
+    if c.precision != "auto":
+        values["precision"] = c.precision
+    if c.resume:
+        return continue_run(c.out, c.say, **values)
+    return new_run(
+        c.model_size, c.out, c.text, c.data, c.tokenizer, overwrite=c.overwrite,
+        say=c.say, seed=c.seed, **values,
+    )  # fmt: skip
 
 # %% ../nbs/06b_cli.ipynb #88fb16f3
 def load(path: str) -> tuple:  # the model, its tokenizer, the Checkpoint
@@ -195,7 +206,7 @@ def load(path: str) -> tuple:  # the model, its tokenizer, the Checkpoint
         raise ValueError(f"{path} has no tokenizer in it")
     return model, tokenizer, ckpt
 
-
+# %% ../nbs/06b_cli.ipynb #ea64c5eb
 @dataclass(frozen=True, kw_only=True)
 class Generate(Command):
     "Write text with a model."
@@ -349,7 +360,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, limit of a file
 class UsageError(ValueError):
     "The command line makes no sense."
 
-
+# %% ../nbs/06b_cli.ipynb #a9c81ea4
 def parse(
     args: list[str],  # the words after `llmfs`
 ) -> Command:
@@ -394,7 +405,7 @@ def describe(
         return 2, text
     return 1, f"{type(e).__name__}: {text} (a bug of llmfs: --debug shows where)"
 
-
+# %% ../nbs/06b_cli.ipynb #732d6459
 def main(
     args: list[str] | None = None,  # None: those of the process
 ) -> int:  # exit code

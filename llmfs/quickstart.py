@@ -29,11 +29,12 @@ from llmfs.evaluation.metrics import (
 )
 from .hardware import require_mlx
 from .model.ngram import NGram
-from .model.transformer import GPT, preset
+from .model.transformer import GPT, GPTConfig
 from .tokenizer.vocab import train_tokenizer, write_json
 from .training.checkpoint import checkpoints, load_model
 from .training.prepare import encode_texts, save_run_files, token_path
-from .training.trainer import Trainer, recipe
+from .training.step import TrainConfig
+from .training.trainer import Trainer
 
 # %% ../nbs/04d_quickstart.ipynb #230b42e7
 @dataclass(frozen=True)
@@ -41,13 +42,18 @@ class Quickstart:
     "All sizes of a quick start."
 
     out: str = "checkpoints/quickstart"  # the folder it writes, and the only one
-    n_stories: int = 30_000  # training stories; a tenth more are for validation
+    n_stories: int = 26_400  # training stories; a tenth more are for validation
     vocab_size: int = 1024  # of the tokenizer
-    model_size: str = "tiny"  # preset of the model
-    batch_size: int = 16  # rows of a batch
-    seq_len: int = 256  # tokens of a row; stories are packed whole
-    max_steps: int = 2000  # optimizer steps
-    max_minutes: float = 2.5  # training ends here at the latest
+    n_layers: int = 2  # blocks of the model
+    d_model: int = 128  # width of its vectors
+    n_heads: int = 2  # heads of its attention
+    d_ff: int = 128  # width inside its feed-forward layers
+    batch_size: int = 24  # stories of a batch, one a row
+    seq_len: int = 256  # tokens of the longest row
+    max_steps: int = 1100  # optimizer steps; with 24 stories each, one pass over the text
+    max_minutes: float = 2.3  # training ends here at the latest
+    lr: float = 3e-3  # peak rate of AdamW, for embedding and norms
+    muon_lr: float = 0.01  # peak rate of Muon, for the matrices of the blocks
     n_eval: int = 1000  # unseen stories that are scored
     n_samples: int = 200  # stories that are invented
     max_tokens: int = 250  # of an invented story
@@ -104,11 +110,14 @@ def train_step(w: Workspace, tokenizer, train, validation) -> dict:  # the repor
 
     q = w.q
     mx.random.seed(q.seed)
-    shape = preset(q.model_size, vocab_size=tokenizer.vocab_size, max_seq_len=q.seq_len)
-    cfg = recipe(
-        q.model_size, shape, batch_size=q.batch_size, seq_len=q.seq_len, mode="documents",
-        max_steps=q.max_steps, max_minutes=q.max_minutes, seed=q.seed,
-    )
+    shape = GPTConfig(
+        vocab_size=tokenizer.vocab_size, max_seq_len=q.seq_len, residual_init="zero",
+        n_layers=q.n_layers, d_model=q.d_model, n_heads=q.n_heads, d_ff=q.d_ff,
+    )  # fmt: skip
+    cfg = TrainConfig(
+        batch_size=q.batch_size, seq_len=q.seq_len, mode="buckets", seed=q.seed,
+        lr=q.lr, muon_lr=q.muon_lr, max_steps=q.max_steps, max_minutes=q.max_minutes,
+    )  # fmt: skip
     trainer = Trainer(
         GPT(shape), cfg, tokenizer=tokenizer, train=train, validation=validation,
         out=q.out, say=lambda line: None,

@@ -132,6 +132,12 @@ def test_filters_equal_hugging_face():
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-5)
 
 
+def test_top_p_stops_when_the_mass_is_reached_exactly():
+    z = mx.array(np.log([[0.5, 0.25, 0.125, 0.125]]).astype(np.float32))
+    kept = lambda p: int((G.keep_top_p(z, p) > -mx.inf).sum())
+    assert [kept(p) for p in (0.4, 0.5, 0.51, 0.75, 0.76)] == [1, 1, 2, 2, 4]
+
+
 def test_ties_stay():
     z = mx.zeros((1, 5))
     assert int((G.keep_top_k(z, 2) > -mx.inf).sum()) == 5

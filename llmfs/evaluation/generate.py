@@ -250,6 +250,14 @@ def _choose(logits, s, u, seen=None, logprobs=False):
     return token, logp - mx.logsumexp(logits, axis=-1)
 
 # %% ../../nbs/04a_evaluation.generate.ipynb #b98868d6
+def _seen(rows, n_tokens):
+    "Which tokens stand in the text of each row."
+    seen = np.zeros((len(rows), n_tokens), dtype=bool)
+    for flags, row in zip(seen, rows):
+        flags[row.ids] = True
+    return mx.array(seen)
+
+# %% ../../nbs/04a_evaluation.generate.ipynb #6545ea24
 class _Batch:
     "Rows that are decoded together, and the arrays with one entry a row."
 
@@ -259,10 +267,7 @@ class _Batch:
         u = [uniforms(s.seed, row.index, s.max_tokens) for row in rows]
         self.state = {"u": mx.array(np.stack(u))}  # (B, max_tokens)
         if s.repetition_penalty != 1:
-            seen = np.zeros((len(rows), self.n_tokens), dtype=bool)
-            for flags, row in zip(seen, rows):
-                flags[row.ids] = True
-            self.state["seen"] = mx.array(seen)  # (B, V)
+            self.state["seen"] = _seen(rows, self.n_tokens)  # (B, V)
 
     @property
     def full(self) -> bool:

@@ -253,7 +253,7 @@ def new_run(
     save_run_files(out, train=train.path, validation=validation.path)
     return trainer
 
-
+# %% ../../nbs/03g_training.prepare.ipynb #83c77990
 def continue_run(
     out: str | Path,  # folder of the run
     say: Callable[[str], None] = print,  # shows a line
