@@ -201,6 +201,9 @@ def load(path: str) -> tuple:  # the model, its tokenizer, the Checkpoint
     require_mlx()
     from llmfs.training.checkpoint import load_model
 
+    last = Path(path).with_name("last.npz")
+    if last.exists() and not Path(path).exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}: give --checkpoint {last}")
     model, tokenizer, ckpt = load_model(path)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer in it")

@@ -61,6 +61,7 @@ BAD = {
     "no text at all": ("train --out new", "download-data"),
     "no text for a tokenizer": ("train-tokenizer --out new", "download-data"),
     "missing checkpoint": ("generate --checkpoint nowhere.npz", "nowhere.npz"),
+    "checkpoint of another name": ("generate --checkpoint checkpoints/b.npz", "last.npz"),
     "checkpoint is a text": ("generate --checkpoint cats.txt", "not a checkpoint"),
     "checkpoint is cut off": ("generate --checkpoint fake.npz", "fake.npz"),
     "checkpoint is a folder": ("evaluate --checkpoint checkpoints", "best.npz"),
