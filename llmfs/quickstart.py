@@ -42,16 +42,17 @@ class Quickstart:
     "All sizes of a quick start."
 
     out: str = "checkpoints/quickstart"  # the folder it writes, and the only one
-    n_stories: int = 26_400  # training stories; a tenth more are for validation
+    n_stories: int = 16_800  # training stories; a tenth more are for validation
     vocab_size: int = 1024  # of the tokenizer
     n_layers: int = 2  # blocks of the model
     d_model: int = 128  # width of its vectors
     n_heads: int = 2  # heads of its attention
     d_ff: int = 128  # width inside its feed-forward layers
+    init_std: float = 0.08  # of its first weights
     batch_size: int = 24  # stories of a batch, one a row
     seq_len: int = 256  # tokens of the longest row
-    max_steps: int = 1100  # optimizer steps; with 24 stories each, one pass over the text
-    max_minutes: float = 2.3  # training ends here at the latest
+    max_steps: int = 700  # optimizer steps; with 24 stories each, one pass over the text
+    max_minutes: float = 2.8  # training ends here at the latest
     lr: float = 3e-3  # peak rate of AdamW, for embedding and norms
     muon_lr: float = 0.01  # peak rate of Muon, for the matrices of the blocks
     n_eval: int = 1000  # unseen stories that are scored
@@ -112,7 +113,7 @@ def train_step(w: Workspace, tokenizer, train, validation) -> dict:  # the repor
     mx.random.seed(q.seed)
     shape = GPTConfig(
         vocab_size=tokenizer.vocab_size, max_seq_len=q.seq_len, residual_init="zero",
-        n_layers=q.n_layers, d_model=q.d_model, n_heads=q.n_heads, d_ff=q.d_ff,
+        init_std=q.init_std, n_layers=q.n_layers, d_model=q.d_model, n_heads=q.n_heads, d_ff=q.d_ff,
     )  # fmt: skip
     cfg = TrainConfig(
         batch_size=q.batch_size, seq_len=q.seq_len, mode="buckets", seed=q.seed,
