@@ -246,37 +246,3 @@ def test_matmul_flops_is_plausible():
 def test_version():
     from importlib.metadata import version
     assert llmfs.__version__ == version("llmfs-mlx")
-
-
-# All the cores ---------------------------------------------------------------------------
-
-def test_a_stream_for_each_core():
-    code = "import mlx.core as mx; mx.set_default_device(mx.cpu); print(len(hw.cpu_streams()))"
-    code = "import llmfs\nfrom llmfs import hardware as hw\n" + code
-    n = hw._n_cores()
-    assert int(fresh(code, OMP_NUM_THREADS="").stdout) == (n if n > 1 else 0)
-    assert int(fresh(code, OMP_NUM_THREADS="1").stdout) == 0
-
-
-@needs_help
-def test_blas_threads_come_back():
-    code = """
-        import ctypes, llmfs
-        from llmfs.hardware import _THREADS, blas_threads
-        scope = ctypes.CDLL(None)
-        get, put = next((getattr(scope, a), getattr(scope, b))
-                        for a, b in _THREADS.values() if hasattr(scope, a))
-        put(2)
-        seen = []
-        try:
-            with blas_threads(1):
-                seen.append(get())
-                raise KeyError
-        except KeyError:
-            seen.append(get())
-        with blas_threads(0):
-            seen.append(get())
-        print(seen)
-        """
-    ran = fresh(code, MKL_DYNAMIC="FALSE")
-    assert ran.stdout.strip() == "[1, 2, 2]", ran.stderr

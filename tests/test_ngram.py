@@ -5,10 +5,10 @@ import time
 from collections import Counter, defaultdict
 from itertools import product
 
+from llmfs.model.ngram import NGram, discounts
+
 import numpy as np
 import pytest
-
-from llmfs.model.ngram import NGram, discounts
 
 
 def random_ids(seed, size=300, vocab=6, eot=None):

@@ -5,9 +5,9 @@ import random
 import re
 from itertools import islice
 
-import pytest
-
 from llmfs.data.stories import CLASSES, KINDS, Mistake, Stories, next_scenes
+
+import pytest
 
 
 @pytest.fixture(scope="module")

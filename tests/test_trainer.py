@@ -151,19 +151,6 @@ def test_four_small_batches_are_one_large(data, mode, steps):
         assert mx.allclose(x, y, atol=1e-4), k
 
 
-@pytest.mark.parametrize("mode", ["windows", "buckets"])
-def test_streams_change_nothing(data, mode):
-    "A batch computed in three streams, of rows that three does not divide, and whole."
-    cfg, runs = TrainConfig(batch_size=5, seq_len=32, mode=mode), []
-    for n in (0, 3):
-        model = small_model()
-        step = TrainStep(model, make_optimizer("adamw", model), cfg)
-        step.streams = tuple(mx.new_stream(mx.cpu) for _ in range(n))
-        batches = loader(data, 5, mode)
-        runs.append([step([next(batches)], 1.0)[0].item() for _ in range(20)])
-    assert np.allclose(*runs, atol=1e-5) and runs[0][-1] < runs[0][0] - 0.1
-
-
 def test_the_loss_is_that_of_the_whole_batch(data):
     batch = next(loader(data, 4, "documents"))
     model = small_model()

@@ -9,7 +9,6 @@ __all__ = ['GROW_EVERY', 'RECIPES', 'TrainConfig', 'progress', 'lr_scale', 'next
 # %% ../../nbs/03e_training.step.ipynb #8ef19ee6
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import cycle
 
 # %% ../../nbs/03e_training.step.ipynb #d74bbc0b
 import llmfs
@@ -20,7 +19,7 @@ from mlx.utils import tree_map, tree_map_with_path
 
 # %% ../../nbs/03e_training.step.ipynb #636da40b
 from ..evaluation.metrics import token_loss
-from ..hardware import compile_pays, cpu_streams, hardware, pick_precision
+from ..hardware import compile_pays, hardware, pick_precision
 from ..model.transformer import GPTConfig, memory_bytes, preset
 from .data_loader import IGNORE, MODES
 from .optimizer import SCHEDULES, clip_by_global_norm, global_norm
@@ -124,13 +123,6 @@ def _cast(params, dtype):
 def _arrays(batch):
     return [None if a is None else mx.array(a) for a in batch]
 
-
-def _parts(batch, n):
-    "A batch cut into `n` batches of rows, as far as there are rows"
-    n = max(1, min(n, len(batch.inputs)))
-    split = [[None] * n if a is None else np.array_split(a, n) for a in batch]
-    return [type(batch)(*part) for part in zip(*split)]
-
 # %% ../../nbs/03e_training.step.ipynb #80c4e634
 GROW_EVERY = 1000  # good steps after which the loss scale doubles
 
@@ -194,7 +186,6 @@ class TrainStep(_Pieces):
         self.dtype = getattr(mx, pick_precision(cfg.precision))
         self.scale = mx.array([2.0**15 if self.dtype == mx.float16 else 1.0, 0.0])
         compiled, rng = compile_pays() if cfg.compile is None else cfg.compile, mx.random.state
-        self.streams = () if compiled else cpu_streams()
         for name in ["add", "apply", "both"] if compiled else []:
             setattr(self, name, mx.compile(getattr(self, name), inputs=rng, outputs=rng))
         if cfg.grad_checkpoint:
@@ -208,13 +199,11 @@ class TrainStep(_Pieces):
         n = sum(int(np.count_nonzero(b.targets != IGNORE)) for b in batches)
         weight, lr = mx.array(1 / max(n, 1)), mx.array(lr, mx.float32)
         params, state, sums = self.model.trainable_parameters(), self.optimizer.state, None
-        parts = [p for b in batches for p in _parts(b, len(self.streams))]
-        if len(parts) == 1:
-            out = self.both(params, state, self.scale, *_arrays(parts[0]), weight, lr)
+        if len(batches) == 1:
+            out = self.both(params, state, self.scale, *_arrays(batches[0]), weight, lr)
         else:
-            for part, stream in zip(parts, cycle(self.streams or [mx.default_device()])):
-                with mx.stream(stream):
-                    sums = self.add(params, self.scale, sums, *_arrays(part), weight)
+            for b in batches:
+                sums = self.add(params, self.scale, sums, *_arrays(b), weight)
                 mx.async_eval(sums)
             out = self.apply(params, state, self.scale, sums, lr)
         params, self.optimizer.state, self.scale, *report = out

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 # %% ../../nbs/03e_training.trainer.ipynb #83931d60
 from ..evaluation.metrics import evaluate_loss
-from ..hardware import blas_threads
 from ..model.transformer import GPT, GPTConfig
 from ..settings import COLORS, RC
 from ..tokenizer.vocab import load_tokenizer
@@ -342,8 +341,7 @@ class Trainer(_Setup, _Steps, _Files, _News, _Ends):
         at, cfg = self.at, self.cfg
         self.begin()
         bar = make_bar(self.show, total=cfg.max_steps, initial=at.step)
-        threads = blas_threads(1 if self.step.streams else 0)
-        with stop_requests() as stop, threads, bar, closing(self.log):
+        with stop_requests() as stop, bar, closing(self.log):
             while progress(cfg, at.step, self.clock()) < 1:
                 self.advance()
                 self.show_on(bar)
