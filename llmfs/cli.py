@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Text', 'Names', 'Int', 'Float', 'Name', 'Tok', 'FLAGS', 'COMMANDS', 'FULL', 'Command', 'QuickstartCommand',
-           'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'load', 'Generate', 'talk',
-           'write_json_lines', 'write_texts', 'Evaluate', 'TestModel', 'fold_box', 'UsageError', 'parse', 'describe',
-           'main']
+           'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'warn_of_shape', 'load', 'Generate',
+           'talk', 'write_json_lines', 'write_texts', 'Evaluate', 'TestModel', 'Export', 'Import', 'fold_box',
+           'UsageError', 'parse', 'describe', 'main']
 
 # %% ../nbs/06b_cli.ipynb #065ac654
 import contextlib
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg, subcommand
+from tyro.conf import Positional, arg, subcommand
 
 # %% ../nbs/06b_cli.ipynb #2e9dd41b
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,9 @@ class Train(Command):
     seed: int = 0  # the same seed gives the same run
 
     def run(self) -> None:
-        report = trainer_for(self).fit()
+        trainer = trainer_for(self)
+        warn_of_shape(self, trainer.model.cfg)
+        report = trainer.fit()
         loss, step = report["val_loss"], report["best_step"]
         self.say(f"validation loss {loss:.4f} nats a token at step {step}")
         for label, key in (("checkpoint", "best"), ("log", "log"), ("loss plot", "plot")):
@@ -193,9 +195,20 @@ def trainer_for(c: Train):
         say=c.say, seed=c.seed, **values,
     )  # fmt: skip
 
+# %% ../nbs/06b_cli.ipynb #21763481
+def warn_of_shape(c: Command, cfg) -> None:
+    "Say so where a model will have no shape that `llmfs export` can write."
+    from llmfs.model.pretrained import export_shape, why_no_shape
+
+    if export_shape(cfg) is None:
+        c.say(f"note: llmfs export will refuse this model: {why_no_shape(cfg)}")
+
 # %% ../nbs/06b_cli.ipynb #88fb16f3
-def load(path: str) -> tuple:  # the model, its tokenizer, the Checkpoint
-    "A checkpoint that can write. Raises ValueError if it has no tokenizer."
+def load(
+    path: str,  # a checkpoint
+    writes: bool = True,  # the model is to write text, which needs a tokenizer
+) -> tuple:  # the model, its tokenizer, the Checkpoint
+    "A checkpoint. Raises FileNotFoundError, ValueError."
     from llmfs.hardware import require_mlx
 
     require_mlx()
@@ -205,7 +218,7 @@ def load(path: str) -> tuple:  # the model, its tokenizer, the Checkpoint
     if last.exists() and not Path(path).exists():
         raise FileNotFoundError(f"there is no checkpoint {path}: give --checkpoint {last}")
     model, tokenizer, ckpt = load_model(path)
-    if tokenizer is None:
+    if tokenizer is None and writes:
         raise ValueError(f"{path} has no tokenizer in it")
     return model, tokenizer, ckpt
 
@@ -326,6 +339,52 @@ class TestModel(Command):
         self.say(f"loss of a model that knows nothing: ln {V:,} = {math.log(V):.2f}")
         self.result({"presets": rows})
 
+# %% ../nbs/06b_cli.ipynb #13dae1c2
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    "Write a model as a folder that mlx-lm and Hugging Face tools load."
+
+    checkpoint: str = "checkpoints/best.npz"  # the model
+    out: str = "checkpoints/export"  # folder to write
+    precision: str = "float32"  # of the stored numbers: float32, bfloat16, float16
+    overwrite: bool = False  # replace a model that is there
+
+    def run(self) -> None:
+        model, tokenizer, _ = load(self.checkpoint, writes=False)
+        from llmfs.model.pretrained import write_pretrained
+
+        more = dict(precision=self.precision, overwrite=self.overwrite)
+        shape = write_pretrained(self.out, model, tokenizer, **more)
+        self.say(f"{self.out}: a {shape} model in {self.precision}")
+        if tokenizer is None:
+            self.say("note: the checkpoint has no tokenizer, so neither has the folder")
+        self.result({"path": self.out, "shape": shape})
+
+# %% ../nbs/06b_cli.ipynb #e979c149
+@dataclass(frozen=True, kw_only=True)
+class Import(Command):
+    "Read a Hugging Face folder (GPT-2, Llama, Qwen3) into a checkpoint."
+
+    folder: Annotated[str, Positional, arg(metavar="DIR")]  # config.json and safetensors
+    out: str = "checkpoints/imported.npz"  # checkpoint to write
+    overwrite: bool = False  # replace a checkpoint that is there
+
+    def run(self) -> None:
+        from llmfs.hardware import require_mlx
+
+        require_mlx()
+        from llmfs.model.pretrained import read_pretrained
+        from llmfs.training.checkpoint import save_checkpoint
+
+        refuse(self, [Path(self.out)])
+        model, tokenizer, notes = read_pretrained(self.folder)
+        cfg, extra = model.cfg, {"imported": notes}
+        save_checkpoint(self.out, model=model, config=cfg, tokenizer=tokenizer, extra=extra)
+        for note in notes:
+            self.say(f"note: {note}")
+        self.say(f"{self.out}: {cfg.n_layers} layers, {cfg.vocab_size:,} tokens")
+        self.result({"path": self.out, "config": cfg.to_dict(), "notes": notes})
+
 # %% ../nbs/06b_cli.ipynb #2e2a8947
 def fold_box(
     text: str,  # what tyro printed
@@ -354,6 +413,8 @@ COMMANDS = {
     "generate": Generate,
     "evaluate": Evaluate,
     "test-model": TestModel,
+    "export": Export,
+    "import": Import,
 }
 
 

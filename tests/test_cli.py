@@ -86,6 +86,14 @@ BAD = {
     "misspelled flag": ("train --model-sze tiny", "--model-size"),
     "misspelled command": ("trian", "train"),
     "no command": ("", "quickstart"),
+    "export of nothing": ("export --checkpoint nowhere.npz --out new", "nowhere.npz"),
+    "export over files": ("export --out . --overwrite --checkpoint checkpoints/last.npz", "no part of"),
+    "export in int8": ("export --precision int8 --checkpoint checkpoints/last.npz --out new", "float32"),
+    "import of nothing": ("import nowhere --out new/best.npz", "nowhere/config.json"),
+    "import of a text": ("import cats.txt --out new/best.npz", "cats.txt"),
+    "import of a run": ("import checkpoints --out new/best.npz", "config.json"),
+    "import over a run": ("import . --out checkpoints/last.npz", "--overwrite"),
+    "import without a folder": ("import --out new/best.npz", "DIR"),
     "quickstart in a run": ("quickstart --out checkpoints", "--overwrite"),
 }  # fmt: skip
 
@@ -255,6 +263,39 @@ def test_a_full_disk_exits_4(place, tmp_path):
     done = llmfs_run(*args, cwd=tmp_path, preexec_fn=limit)
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr and "space" in done.stderr
+
+
+def test_export_and_import_keep_the_model(place, tmp_path):
+    last = place / "checkpoints" / "last.npz"
+    done = llmfs_run("export", "--checkpoint", last, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"path": "checkpoints/export", "shape": "qwen3"}
+    assert "--overwrite" in one_line(llmfs_run("export", "--checkpoint", last, cwd=tmp_path))
+    done = llmfs_run("import", "checkpoints/export", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["notes"] == []
+    args = ["generate", "--prompt", "The cat", "--temperature", 0, "--checkpoint"]
+    there = llmfs_run(*args, "checkpoints/imported.npz", cwd=tmp_path)
+    assert there.returncode == 0 and there.stdout == llmfs_run(*args, last, cwd=tmp_path).stdout
+
+
+def test_a_full_disk_leaves_no_half_export(place, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
+    args = ["export", "--checkpoint", place / "checkpoints" / "last.npz", "--out", "new"]
+    done = llmfs_run(*args, cwd=tmp_path, preexec_fn=limit)
+    one_line(done, 4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_shape_is_announced(place, tmp_path, monkeypatch, capsys):
+    from llmfs.cli import main
+    from llmfs.model.transformer import PRESETS
+
+    text = ["--text", str(place / "cats.txt"), "--tokenizer", "char"]
+    for name, odd in (("a", {}), ("b", {"activation": "relu2"})):
+        monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | odd)
+        assert main(["train", *text, *SMALL, "--out", str(tmp_path / name)]) == 0
+        assert ("activation='relu2'" in capsys.readouterr().out) == bool(odd)
 
 
 # ---- writing text
