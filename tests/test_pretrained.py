@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import struct
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import llmfs  # noqa: I001
@@ -303,6 +304,8 @@ def broken(data, *path, value):
     (("model", "merges", 0), ["a", "b"], "merges"),
     (("model", "merges"), [], "merges"),
     (("pre_tokenizer",), None, "cuts words"),
+    (("added_tokens", 0, "id"), 1 << 40, "no id"),
+    (("model", "vocab", "a"), -1, "no id"),
 ])  # fmt: skip
 def test_tokenizers_that_are_not_ours_say_why(path, value, why, tmp_path):
     data = broken(tokenizer_json(train_tokenizer([TEXT], 280)), *path, value=value)
@@ -323,6 +326,37 @@ def test_another_end_of_text_is_renamed(tmp_path):
     found = read_pretrained(tmp_path / "m")
     assert found.tokenizer.eot_id == eos and "<|end_of_text|>" in found.notes[0]
     assert found.tokenizer.special_tokens == {"<|endoftext|>": eos, "<s>": eos + 1}
+
+
+def test_an_end_of_turn_beside_the_end_of_text_is_noted(tmp_path):
+    "As in Qwen3, whose added tokens are not in the vocabulary."
+    tok = train_tokenizer([TEXT], 280, ("<|endoftext|>", "<|im_end|>"))
+    write_pretrained(tmp_path / "m", build("qwen3", vocab_size=280), tok)
+    config, path = tmp_path / "m" / "config.json", tmp_path / "m" / "tokenizer.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 279}))
+    data = json.loads(path.read_text())
+    for name in tok.special_tokens:
+        del data["model"]["vocab"][name]
+    path.write_text(json.dumps(data | {"normalizer": {"type": "NFC"}}))
+    found = read_pretrained(tmp_path / "m")
+    assert found.tokenizer.hash == tok.hash
+    assert "<|im_end|>" in found.notes[0] and "NFC" in found.notes[1]
+
+
+def test_every_pair_that_makes_a_token_may_be_listed():
+    "As in Llama 3, made from a file of ranks alone."
+    tok = train_tokenizer([Path(__file__).read_text()], 800)
+    data = tokenizer_json(tok)
+    vocab, merges = data["model"]["vocab"], []
+    for token in sorted(set(vocab) - set(tok.special_tokens), key=vocab.get):
+        cuts = [[token[:i], token[i:]] for i in range(1, len(token))]
+        merges += [pair for pair in cuts if set(pair) <= vocab.keys()]
+    assert len(merges) > len(data["model"]["merges"])
+    data["model"]["merges"] = merges
+    assert from_tokenizer_json(data).hash == tok.hash
+    data["model"]["merges"] = merges[::-1]
+    with pytest.raises(ValueError, match="merges"):
+        from_tokenizer_json(data)
 
 
 # ---- which configs have a shape

@@ -99,7 +99,7 @@ def read_tensor(
     if place.dtype == "BF16":
         w = mx.array(array).view(mx.bfloat16).astype(mx.float32)
     else:
-        w = mx.array(array.astype(np.float32))
+        w = mx.array(array.astype(np.float32, copy=False))
     if not mx.isfinite(w).all():
         raise PretrainedError(f"{place.path}: {name} holds numbers that are not finite")
     return w
@@ -252,6 +252,9 @@ def from_tokenizer_json(
     "Our tokenizer. Raises ValueError saying why, where it cannot be one."
     model = data["model"]
     special = {t["content"]: t["id"] for t in data.get("added_tokens") or ()}
+    for id in (*special.values(), *model["vocab"].values()):
+        if type(id) is not int or not 0 <= id < 1 << 24:
+            raise ValueError(f"{id!r} is no id")
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise ValueError(f"{model['type']} is no byte-level BPE")
     if (data.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
@@ -265,7 +268,9 @@ def from_tokenizer_json(
         raise ValueError("it marks the ends of words")
     ranks = {hide_bytes(token): i for token, i in vocab.items()}
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    if [(hide_bytes(x), hide_bytes(y)) for x, y in merges] != find_merges(ranks):
+    pairs = [(hide_bytes(x), hide_bytes(y)) for x, y in merges]
+    made = [ranks.get(x + y, -1) for x, y in pairs]
+    if made != sorted(made) or -1 in made or not set(find_merges(ranks)) <= set(pairs):
         raise ValueError("its merges do not follow from its vocabulary")
     return Tokenizer(ranks, special, _pattern(data.get("pre_tokenizer") or {"type": "none"}))
 
@@ -328,13 +333,15 @@ def read_tokenizer(
 
 
 def _rename_end(data, eos_id):
-    for token in data.get("added_tokens") or ():
-        old = token["content"]
-        if token["id"] == eos_id and old != EOT and EOT not in data["model"]["vocab"]:
-            data["model"]["vocab"].pop(old, None)
-            token["content"] = EOT
-            return [f"{old} is now called {EOT}"]
-    return []
+    added = {token["content"]: token for token in data.get("added_tokens") or ()}
+    old = next((name for name, token in added.items() if token["id"] == eos_id), EOT)
+    if old == EOT:
+        return []
+    if EOT in added:
+        return [f"this model may end its texts with {old}, ours end with {EOT}"]
+    data["model"]["vocab"].pop(old, None)
+    added[old]["content"] = EOT
+    return [f"{old} is now called {EOT}"]
 
 # %% ../../nbs/02d_model.files.ipynb #a66ad23d
 _FILES = re.compile(
