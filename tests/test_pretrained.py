@@ -15,13 +15,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from llmfs.model import files
-from llmfs.model.files import (
-    PretrainedError,
-    from_tokenizer_json,
-    safetensors_header,
-    tokenizer_json,
-    write_safetensors,
-)
+from llmfs.model.files import safetensors_header, write_safetensors
 from llmfs.model.pretrained import (
     export_shape,
     from_config,
@@ -31,6 +25,7 @@ from llmfs.model.pretrained import (
     write_pretrained,
 )
 from llmfs.model.transformer import GPT, PRESETS, GPTConfig, preset
+from llmfs.tokenizer.exchange import PretrainedError, from_tokenizer_json, tokenizer_json
 from llmfs.tokenizer.vocab import CharTokenizer, train_tokenizer
 
 SMALL = dict(vocab_size=61, n_layers=2, d_model=32, n_heads=4, max_seq_len=96, init_std=0.2)

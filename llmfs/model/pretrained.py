@@ -12,18 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from llmfs.model.files import (
+from .files import find_tensors, new_folder, read_tensor, write_shards
+from .transformer import GPT, GPTConfig, count_params
+from llmfs.tokenizer.exchange import (
     PretrainedError,
     begin_id,
-    find_tensors,
-    new_folder,
     read_json,
-    read_tensor,
     read_tokenizer,
-    write_shards,
     write_tokenizer,
 )
-from .transformer import GPT, GPTConfig, count_params
 from ..tokenizer.vocab import CharTokenizer, Tokenizer, write_json
 
 import mlx.core as mx
@@ -60,7 +57,10 @@ def why_no_shape(
 ) -> str:  # one line
     "The fields that keep a config from the nearest shape."
     shape = min(SHAPES, key=lambda shape: len(_differs(cfg, shape)))
-    differs = [f"{k}={getattr(cfg, k)!r} ({shape}: {v!r})" for k, v in _differs(cfg, shape).items()]
+    differs = [
+        f"{k}={getattr(cfg, k)!r} ({shape}: {v!r})"
+        for k, v in _differs(cfg, shape).items()
+    ]
     return f"no other program loads this shape: {', '.join(differs)}"
 
 # %% ../../nbs/02d_model.pretrained.ipynb #0b506fa9
@@ -76,7 +76,11 @@ _LLAMA_KEYS = dict(
     rms_norm_eps="norm_eps",
 )  # fmt: skip
 _KEYS = {"gpt2": _GPT2_KEYS, "llama": _LLAMA_KEYS, "qwen3": _LLAMA_KEYS}
-_CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 # %% ../../nbs/02d_model.pretrained.ipynb #ae661031
 def to_config(
@@ -90,7 +94,11 @@ def to_config(
         raise ValueError(why_no_shape(cfg))
     out = {"model_type": shape, "architectures": [_CLASSES[shape]]}
     out |= {theirs: getattr(cfg, ours) for theirs, ours in _KEYS[shape].items()}
-    out |= {"tie_word_embeddings": cfg.tie_embeddings, "dtype": precision, "torch_dtype": precision}
+    out |= {
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "dtype": precision,
+        "torch_dtype": precision,
+    }
     out |= {"bos_token_id": eot_id, "eos_token_id": eot_id}
     if shape == "gpt2":
         return out | {"activation_function": "gelu_new"}
@@ -98,7 +106,11 @@ def to_config(
         del out["head_dim"]
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     out |= {"rope_theta": cfg.rope_theta, "rope_parameters": rope, "hidden_act": "silu"}
-    return out | {"attention_bias": cfg.bias} | ({"mlp_bias": cfg.bias} if shape == "llama" else {})
+    return (
+        out
+        | {"attention_bias": cfg.bias}
+        | ({"mlp_bias": cfg.bias} if shape == "llama" else {})
+    )
 
 # %% ../../nbs/02d_model.pretrained.ipynb #54e83277
 _ONLY = {  # what a config may say, if it says anything
@@ -113,7 +125,7 @@ _ONLY = {  # what a config may say, if it says anything
     "quantization_config": (),
 }
 
-
+# %% ../../nbs/02d_model.pretrained.ipynb #2bc7bd5b
 def _refuse_foreign(config):
     for key, known in _ONLY.items():
         if (value := config.get(key)) is not None and value not in known:
@@ -121,7 +133,9 @@ def _refuse_foreign(config):
             raise PretrainedError(f"{key}={value!r} is not a model of ours{hint}")
     for kind in config.get("layer_types") or ():
         if kind != "full_attention":
-            raise PretrainedError(f"layer_types holds {kind!r}, only 'full_attention' is ours")
+            raise PretrainedError(
+                f"layer_types holds {kind!r}, only 'full_attention' is ours"
+            )
 
 # %% ../../nbs/02d_model.pretrained.ipynb #f4ebe7db
 def _theta(config, shape):
@@ -131,13 +145,19 @@ def _theta(config, shape):
         rope = config.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            raise PretrainedError(f"{key} of type {kind!r}: only plain rotary positions are ours")
+            raise PretrainedError(
+                f"{key} of type {kind!r}: only plain rotary positions are ours"
+            )
         found.add(rope.get("rope_theta"))
     found -= {None}
     if len(found) > 1:
-        raise PretrainedError(f"rope_theta is {' and '.join(map(str, sorted(found)))} at once")
+        raise PretrainedError(
+            f"rope_theta is {' and '.join(map(str, sorted(found)))} at once"
+        )
     if not found and shape == "qwen3":
-        raise PretrainedError("rope_theta is missing, and loaders differ in its default")
+        raise PretrainedError(
+            "rope_theta is missing, and loaders differ in its default"
+        )
     return found.pop() if found else 10_000.0
 
 # %% ../../nbs/02d_model.pretrained.ipynb #8c379022
@@ -145,7 +165,9 @@ def _rotary(config, shape):
     "Fields of a Llama or Qwen3 that are not a matter of names."
     bias = config.get("attention_bias", False)
     if bias != (config.get("mlp_bias", False) if shape == "llama" else False):
-        raise PretrainedError(f"attention_bias={bias}: biases are in all matrices or in none")
+        raise PretrainedError(
+            f"attention_bias={bias}: biases are in all matrices or in none"
+        )
     fields = dict(_ROTARY, qk_norm=shape == "qwen3", bias=bias)
     if shape == "qwen3" and config.get("head_dim") is None:
         fields["head_dim"] = 128  # what transformers takes
@@ -159,9 +181,15 @@ def from_config(
     "Our config. Raises ValueError naming the field that is missing or not ours."
     shape = config.get("model_type")
     if not isinstance(shape, str) or shape not in SHAPES:
-        raise PretrainedError(f"model_type={shape!r}: must be one of {', '.join(SHAPES)}")
+        raise PretrainedError(
+            f"model_type={shape!r}: must be one of {', '.join(SHAPES)}"
+        )
     _refuse_foreign(config)
-    fields = dict(_LEARNED, qk_norm=False, bias=True) if shape == "gpt2" else _rotary(config, shape)
+    fields = (
+        dict(_LEARNED, qk_norm=False, bias=True)
+        if shape == "gpt2"
+        else _rotary(config, shape)
+    )
     defaulted = ("n_ctx", "n_inner", "head_dim", "num_key_value_heads")
     for theirs, ours in _KEYS[shape].items():
         value = config.get(theirs)
@@ -169,7 +197,9 @@ def from_config(
             raise PretrainedError(f"{theirs} is missing")
         if value is not None:
             fields[ours] = value
-    fields["tie_embeddings"] = config.get("tie_word_embeddings", shape == "gpt2" or not has_head)
+    fields["tie_embeddings"] = config.get(
+        "tie_word_embeddings", shape == "gpt2" or not has_head
+    )
     del fields["kind"]
     return shape, GPTConfig(**fields)
 
@@ -181,9 +211,9 @@ _GPT2_NAMES = {
 }  # fmt: skip
 _GPT2_TOP = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f"}
 
-
+# %% ../../nbs/02d_model.pretrained.ipynb #ffeafa15
 def _theirs(name, shape):
-    "The name that a weight of ours has elsewhere, and which third of that tensor it is."
+    "The name that a weight of ours has elsewhere, and which third of it is ours."
     if shape != "gpt2" or name.startswith("lm_head"):
         return name if name.startswith("lm_head") else f"model.{name}", None
     *path, part = name.split(".")
@@ -241,14 +271,20 @@ def write_pretrained(
     "Write a folder that Hugging Face and mlx-lm load. Raises ValueError, OSError."
     cfg = model.cfg
     if precision not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"precision={precision!r}: must be float32, bfloat16 or float16")
+        raise ValueError(
+            f"precision={precision!r}: must be float32, bfloat16 or float16"
+        )
     if tokenizer is not None and tokenizer.vocab_size > cfg.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model {cfg.vocab_size}"
         raise ValueError(f"the tokenizer has {sizes}: it is another model's")
     id = begin_id(tokenizer)
     config = to_config(cfg, precision, id)
     weights = to_theirs(dict(tree_flatten(model.parameters())), config["model_type"])
-    ids = {f"{which}_token_id": id for which in ("bos", "eos", "pad")} if id is not None else {}
+    ids = (
+        {f"{which}_token_id": id for which in ("bos", "eos", "pad")}
+        if id is not None
+        else {}
+    )
     with new_folder(out, overwrite) as folder:
         write_shards(folder, weights, getattr(mx, precision), max_shard_bytes)
         write_json(config, folder / "config.json")
@@ -268,14 +304,18 @@ class Pretrained(NamedTuple):
 # %% ../../nbs/02d_model.pretrained.ipynb #12995a1e
 def _some(names):
     names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def _check_tensors(folder, have, want):
     if missing := want.keys() - have.keys():
         raise PretrainedError(f"{folder} lacks {_some(missing)}")
     if extra := have.keys() - want.keys():
-        raise PretrainedError(f"{folder} holds {_some(extra)}, which config.json does not ask for")
+        raise PretrainedError(
+            f"{folder} holds {_some(extra)}, which config.json does not ask for"
+        )
     for name, shape in want.items():
         if have[name].shape != shape:
             shapes = f"shape {have[name].shape}, config.json asks for {shape}"
@@ -298,7 +338,9 @@ def _read_model(folder, config, found):
     _check_tensors(folder, found, want)
     tensors = {name: read_tensor(name, place) for name, place in found.items()}
     if head and not mx.array_equal(tensors["lm_head.weight"], tensors[table]):
-        raise PretrainedError(f"{head.path}: lm_head.weight is not {table}, though they are tied")
+        raise PretrainedError(
+            f"{head.path}: lm_head.weight is not {table}, though they are tied"
+        )
     model.load_weights(list(to_ours(tensors, ours, shape).items()))
     model.eval()
     mx.eval(model.parameters())
@@ -308,15 +350,19 @@ def _read_model(folder, config, found):
 def read_pretrained(
     folder: str | Path,  # holds config.json, safetensors, perhaps tokenizer.json
 ) -> Pretrained:
-    "Read a Hugging Face folder into our model. Raises FileNotFoundError, PretrainedError."
+    "Read a Hugging Face folder. Raises FileNotFoundError, PretrainedError."
     folder = Path(folder)
     config = read_json(folder / "config.json")
     try:
         model = _read_model(folder, config, find_tensors(folder))
     except PretrainedError as e:
-        raise PretrainedError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from None
+        raise PretrainedError(
+            str(e) if str(folder) in str(e) else f"{folder}: {e}"
+        ) from None
     except (ValueError, TypeError, AttributeError) as e:
         raise PretrainedError(f"{folder / 'config.json'}: {e}") from None
     eos = config.get("eos_token_id")
-    tokenizer, notes = read_tokenizer(folder, eos[0] if isinstance(eos, list) and eos else eos)
+    tokenizer, notes = read_tokenizer(
+        folder, eos[0] if isinstance(eos, list) and eos else eos
+    )
     return Pretrained(model, tokenizer, notes)
