@@ -141,3 +141,16 @@ def test_a_hidden_place_that_nobody_chose(world):
     carried = next(s.text for s in world.stream(seed=14) if " all the way" in s.text)
     told = re.sub(r"(He|She) carried the \w+ (\w+) all the way", r"The \2 was still in a deep hole", carried)
     assert world.explain(told).kind == "forgotten object"
+
+
+def test_nats_per_token_and_its_error(world):
+    class Letters:
+        encode = staticmethod(list)
+
+    found = [world.nats_per_token(Letters, n=300, seed=seed) for seed in range(40)]
+    means, errors = zip(*found)
+    mean = sum(means) / 40
+    spread = (sum((m - mean) ** 2 for m in means) / 39) ** 0.5
+    assert spread == pytest.approx(sum(errors) / 40, rel=0.4)
+    exact = world.bits_per_byte() * math.log(2)  # letters are bytes here, but for the end
+    assert mean == pytest.approx(exact, rel=0.005)

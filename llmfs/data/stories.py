@@ -369,8 +369,8 @@ class _Library(_World):
         return next(self.stream(split, seed))
 
 # %% ../../nbs/01a_data.stories.ipynb #063e1106
-class Stories(_Library):
-    "The story world: draws texts, prices them, and says what is wrong with others."
+class _Critic(_Library):
+    "A story world that also reads."
 
     def read(
         self,
@@ -403,6 +403,10 @@ class Stories(_Library):
         except Mistake as mistake:
             return mistake
 
+# %% ../../nbs/01a_data.stories.ipynb #ebfff82b
+class Stories(_Critic):
+    "The story world: draws texts, prices them, and says what is wrong with others."
+
     def entropy(self) -> float:  # nats
         "The entropy of a story: the loss of a perfect model, exactly."
         return _expected(self, lambda ops: sum(op.cost for op in ops), choices=True)
@@ -411,6 +415,19 @@ class Stories(_Library):
         "Entropy of a story over its expected length in bytes, exactly."
         n_bytes = _expected(self, lambda ops: sum(_mean_length(op, self) for op in ops))
         return self.entropy() / math.log(2) / n_bytes
+
+    def nats_per_token(
+        self,
+        tokenizer,  # has encode(text) -> ids
+        n: int = 1000,  # stories measured
+        seed: int = 0,  # of those stories
+    ) -> tuple[float, float]:  # the estimate and its standard error
+        "The floor of a loss per token, the end-of-text token counted: measured, not exact."
+        drawn = list(islice(self.stream(None, seed), n))
+        sizes = [len(tokenizer.encode(s.text)) + 1 for s in drawn]
+        mean = -sum(s.logprob for s in drawn) / sum(sizes)
+        off = [-s.logprob - mean * size for s, size in zip(drawn, sizes)]
+        return mean, math.sqrt(sum(x * x for x in off)) / sum(sizes)
 
 # %% ../../nbs/01a_data.stories.ipynb #40be1f3c
 def _expected(world, value, choices=False):

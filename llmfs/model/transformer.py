@@ -64,9 +64,8 @@ class GPT(_Parts):
         last_only: bool = False,  # logits of the last position only: (B, 1, V)
     ) -> mx.array:  # (B, L, V) logits
         "Logits of the next token at each position."
-        h = self.features(tokens, segments, cache)  # (B, L, D)
-        head = self.embed_tokens.as_linear if self.cfg.tie_embeddings else self.lm_head
-        return head(h[:, -1:] if last_only else h)
+        h = self.features(tokens, segments, cache)[:, -1 if last_only else 0 :]
+        return (self.embed_tokens.as_linear if self.cfg.tie_embeddings else self.lm_head)(h)
 
     def features(
         self,

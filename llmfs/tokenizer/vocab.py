@@ -201,11 +201,10 @@ class Tokenizer(Vocabulary):
 
     def to_dict(self) -> dict:
         "The tokenizer as plain data, for JSON; an id without a token is null."
-        tokens = [None] * self.vocab_size
-        for token, i in self.bpe.ranks.items():
-            tokens[i] = show_bytes(token)
-        data = {"type": "bpe", "pattern": self.pattern}
-        return data | {"special_tokens": self.special_tokens, "tokens": tokens}
+        shown = {i: show_bytes(token) for token, i in self.bpe.ranks.items()}
+        tokens = [shown.get(i) for i in range(self.vocab_size)]
+        data = {"type": "bpe", "pattern": self.pattern, "special_tokens": self.special_tokens}
+        return data | {"tokens": tokens}
 
     @classmethod
     def from_dict(cls, data: dict) -> "Tokenizer":
