@@ -276,7 +276,10 @@ def test_export_and_import_keep_the_model(place, tmp_path):
     assert json.loads(done.stdout)["notes"] == []
     args = ["generate", "--prompt", "The cat", "--temperature", 0, "--checkpoint"]
     there = llmfs_run(*args, "checkpoints/imported.npz", cwd=tmp_path)
-    assert there.returncode == 0 and there.stdout == llmfs_run(*args, last, cwd=tmp_path).stdout
+    assert there.returncode == 0, there.stderr
+    here = llmfs_run(*args, last, cwd=tmp_path)
+    assert here.returncode == 0, here.stderr
+    assert there.stdout == here.stdout
 
 
 def test_a_full_disk_leaves_no_half_export(place, tmp_path):
