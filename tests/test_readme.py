@@ -1,0 +1,79 @@
+"""README and the chapters' map: their numbers are the record's, and every chapter is on the map."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text(encoding="utf-8")
+RECORD = json.loads((REPO / "nbs/results/quickstart.json").read_text(encoding="utf-8"))
+RESULT = README[README.index("!["):README.index("## Two commands")]
+CHAPTERS = sorted(p.stem for p in (REPO / "nbs").glob("[0-9]*.ipynb"))
+
+
+def printed():
+    "Rows of the table that `llmfs quickstart` prints for the record."
+    from llmfs.quickstart import report_text
+    lines = report_text(RECORD).split("\n\n")[0].splitlines()[1:]
+    return {cells[0]: cells[1:] for cells in (re.split(r"  +", line) for line in lines)}
+
+
+def test_the_table_is_what_the_command_printed():
+    rows = [[c.strip() for c in line.strip("|").split("|")]
+            for line in RESULT.splitlines() if line.startswith("|")]
+    assert rows[0] == ["", "model", "5-gram", "least possible"] and len(rows) == 5
+    expected = printed()
+    for name, *cells in rows[2:]:
+        assert [c for c in cells if c] == expected[name], name
+
+
+def test_every_number_of_the_result_is_the_records():
+    bits, made, run = (RECORD[k] for k in ("bits_per_byte", "samples", "training"))
+    assert 0 < bits["floor"] < bits["model"] < bits["ngram"]
+    known = {f"{bits[k]:.4f}" for k in ("model", "ngram", "floor")}
+    known |= {f"{bits[k]:.3f}" for k in ("model_ratio", "ngram_ratio")}
+    known |= {f"{made[k]['accepted']:.1%}" for k in ("model", "ngram")}
+    known |= {f"{run['seconds'] / 60:.1f}"}
+    assert set(re.findall(r"\d+\.\d+%?", RESULT)) == known
+    q = RECORD["settings"]
+    assert f"on {q['n_eval']:,} stories" in RESULT and f"Of {q['n_samples']} stories" in RESULT
+    assert RECORD["device"] in RESULT
+    assert "makes none that pass" in RESULT and made["ngram"]["accepted"] == 0
+    assert "within one percent" in RESULT and bits["model_ratio"] < 1.01
+
+
+def test_the_story_is_one_of_the_record():
+    story = re.search(r"^> (.+)$", RESULT, re.M)[1]
+    assert story == RECORD["samples"]["stories"][2]
+
+
+def test_the_picture_was_drawn_from_the_record():
+    path = re.search(r"!\[[^]]+\]\(([^)]+)\)", RESULT)[1]
+    bits = RECORD["bits_per_byte"]
+    claim = re.search(r"<dc:description>(.+)</dc:description>", (REPO / path).read_text())[1]
+    assert re.findall(r"\d\.\d+", claim) == [f"{bits[k]:.4f}" for k in ("model", "floor", "ngram")]
+
+
+def test_the_record_is_of_todays_defaults():
+    pytest.importorskip("mlx.core")
+    from dataclasses import asdict
+
+    from llmfs.quickstart import Quickstart
+    assert RECORD["settings"] == asdict(Quickstart())
+
+
+def test_the_losses_end_where_the_results_say():
+    from math import log
+    c = RECORD["loss"]["validation"]
+    end = c["loss"][-1] * c["tokens_per_byte"] / log(2)
+    assert end == pytest.approx(RECORD["bits_per_byte"]["model"], rel=0.01)
+    assert c["step"][-1] == RECORD["training"]["steps"]
+
+
+@pytest.mark.parametrize("where", ["README.md", "nbs/00a_overview.ipynb"])
+def test_every_chapter_is_on_the_map(where):
+    text = (REPO / where).read_text(encoding="utf-8")
+    on_map = set(re.findall(r"\]\((?:nbs/)?(\d[\w.]+)\.ipynb\)", text))
+    assert on_map == set(CHAPTERS), where
