@@ -395,8 +395,25 @@ def test_conversation_in_a_terminal(terminal):
     assert t.end() == 0
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(terminal):
-    t = terminal("--max-tokens", "1000000", "--top-k", "5")
+@pytest.fixture
+def endless(place):
+    "A checkpoint whose model never ends a text: every logit is equal, but for that of the end."
+    import mlx.core as mx
+
+    from llmfs.training.checkpoint import load_model, save_checkpoint
+
+    model, tokenizer, _ = load_model(place / "checkpoints" / "best.npz")
+    for layer in model.layers:
+        for writes in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writes.weight = mx.zeros_like(writes.weight)
+    rows = mx.ones_like(model.embed_tokens.weight)
+    rows[tokenizer.eot_id] = -1.0
+    model.embed_tokens.weight, model.norm.weight = rows, mx.ones_like(model.norm.weight)
+    return save_checkpoint(place / "endless.npz", model=model, config=model.cfg, tokenizer=tokenizer)
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(terminal, endless):
+    t = terminal("--checkpoint", str(endless), "--max-tokens", "1000000")
     t.wait_for("> ")
     t.send("The cat\n")
     t.wait_for("The cat")
