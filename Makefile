@@ -43,9 +43,10 @@ stress: ## the long proofs: many kills, many cases, many steps
 	$(SETUP) $(TESTS)
 	$(CI) .venv/bin/python -m pytest -q -m stress tests
 
-bench: ## measure this machine: matmul, tokenizer, training, generation
-	$(SETUP)
+bench: ## measure this machine: matmul, tokenizer, training, generation; then the tokenizer beside others
+	$(SETUP) $(TESTS)
 	$(RUN) tools/bench.py
+	$(RUN) tests/bench_tokenizer.py --processes 2
 
 clean: ## remove what can be made again (not .venv, data, checkpoints)
 	@rm -rf book/_site .doctrees build dist .pytest_cache .ruff_cache

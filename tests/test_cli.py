@@ -398,9 +398,9 @@ def test_conversation_in_a_terminal(terminal):
 @pytest.fixture
 def endless(place):
     "A checkpoint whose model never ends a text: every logit is equal, but for that of the end."
-    import mlx.core as mx
-
     from llmfs.training.checkpoint import load_model, save_checkpoint
+
+    import mlx.core as mx
 
     model, tokenizer, _ = load_model(place / "checkpoints" / "best.npz")
     for layer in model.layers:
