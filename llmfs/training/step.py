@@ -243,7 +243,7 @@ def recompute_layers(
 
 # %% ../../nbs/03e_training.step.ipynb #02654499
 RECIPES = {
-    "tiny": dict(batch_size=16, seq_len=256, max_steps=600, lr=3e-3, muon_lr=0.01,
+    "tiny": dict(batch_size=16, seq_len=256, max_steps=400, lr=3e-3, muon_lr=0.01,
                  warmup=20, eval_every=100, save_every=100),
     "50m": dict(batch_size=64, seq_len=512, max_steps=10_000, lr=2e-3, muon_lr=0.02,
                 warmup=100, eval_every=500, save_every=500, weight_decay=0.01),
