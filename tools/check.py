@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATED = {"__init__.py", "_modidx.py"}  # modules that have no notebook of their own
 KEPT = ("__init__.py", "__main__.py")  # hand-written
 MAX_BYTES, MAX_LINES = 300_000, 40
-HOME = re.compile(r"(?<![\w.])(?:/home/|/Users/|/root/|/work/|/private/var/|/tmp/tmp)\w+")
+HOME = re.compile(r"(?<![\w.])(?:/home/|/Users/|/root/|/private/var/|/tmp/tmp)\w+")
 
 
 class Notebook:
