@@ -145,14 +145,6 @@ def _prefill(model, rows):
     cache = model.make_cache(left_padding=padding if any(padding) else None)
     return model(tokens, cache=cache, last_only=True)[:, -1], cache
 
-
-def _keep_rows(cache, index):
-    "Forget the rows of finished texts."
-    for layer in cache:
-        layer.keys, layer.values = layer.keys[index], layer.values[index]
-        if layer.left_padding is not None:
-            layer.left_padding = layer.left_padding[index]
-
 # %% ../../nbs/04a_evaluation.generate.ipynb #f7c2c79f
 def _unsafe_tail(
     text: str,  # all text so far
@@ -306,7 +298,8 @@ def _drop(batch):
         batch.rows = [batch.rows[i] for i in alive]
         if alive:
             index = mx.array(alive)
-            _keep_rows(batch.cache, index)
+            for layer in batch.cache:
+                layer.keep(index)
             batch.state = {name: a[index] for name, a in batch.state.items()}
 
 # %% ../../nbs/04a_evaluation.generate.ipynb #63ab718e

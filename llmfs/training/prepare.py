@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_documents', 'choose_vocab_size', 'make_tokenizer', 'token_path', 'encode_texts', 'pick_mode', 'save_run_files',
-           'load_run_files', 'read_texts', 'corpus_file', 'run_text', 'refuse_old_run', 'new_run', 'continue_run']
+           'load_run_files', 'read_texts', 'corpus_file', 'run_text', 'new_run', 'continue_run']
 
 # %% ../../nbs/03g_training.prepare.ipynb #94f21d89
 import json
@@ -202,20 +202,6 @@ def run_text(
     )
 
 # %% ../../nbs/03g_training.prepare.ipynb #e860fe09
-def refuse_old_run(
-    out: str | Path,  # folder of a run to come
-) -> None:
-    "Raise FileExistsError where there is a run."
-    from llmfs.training.checkpoint import checkpoints
-
-    found = checkpoints(out) + [p for p in [Path(out) / "metrics.jsonl"] if p.exists()]
-    if found:
-        raise FileExistsError(
-            f"{out} holds a run ({found[0].name}): go on with --resume, start anew with "
-            "--overwrite, or choose another --out"
-        )
-
-
 def _disown(out):
     "A quick start that is trained further is no longer the quick start's to replace."
     (Path(out) / "quickstart.json").unlink(missing_ok=True)
@@ -234,7 +220,7 @@ def new_run(
 ):  # a Trainer: fit() runs it
     "Text, tokenizer, model and trainer for a preset."
     from llmfs.model.transformer import GPT, preset
-    from llmfs.training.trainer import Trainer, recipe
+    from llmfs.training.trainer import Trainer, recipe, refuse_old_run
 
     import mlx.core as mx
 
