@@ -141,7 +141,7 @@ def preset(
     "A config by name; another name is a ValueError."
     if name not in PRESETS:
         raise ValueError(f"model size {name!r}: must be one of {', '.join(PRESETS)}")
-    return GPTConfig(**(PRESETS[name] | overrides))
+    return GPTConfig.from_dict(PRESETS[name] | overrides)
 
 # %% ../../nbs/02c_model.transformer.ipynb #b98f25c7
 def count_params(
