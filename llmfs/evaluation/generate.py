@@ -230,14 +230,15 @@ class _Row:
 # %% ../../nbs/04a_evaluation.generate.ipynb #b635c23a
 def _choose(logits, s, u, seen=None, logprobs=False):
     "The next token of each row, and its log-probability if asked for."
-    logits = logits.astype(mx.float32)
-    shaped = shape_logits(logits, s, seen)
-    if s.temperature == 0:
-        token = mx.argmax(shaped, axis=-1).astype(mx.int32)
+    if s.temperature == 0 and seen is None:
+        token = mx.argmax(logits, axis=-1)
     else:
-        token = draw(shaped, u)
+        logits = logits.astype(mx.float32)
+        shaped = shape_logits(logits, s, seen)
+        token = draw(shaped, u) if s.temperature else mx.argmax(shaped, axis=-1)
     if not logprobs:
         return token, None
+    logits = logits.astype(mx.float32)
     logp = mx.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, logp - mx.logsumexp(logits, axis=-1)
 

@@ -24,6 +24,13 @@ def gelu(
     return x * sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * (x * x * x)))
 
 # %% ../../nbs/02c_model.block.ipynb #dbe3dd7f
+def _swish_gate(gate, h):
+    return gate * sigmoid(gate) * h
+
+
+_in_one_kernel = mx.compile(_swish_gate, shapeless=True)
+
+
 class MLP(nn.Module):
     "Feed-forward layer: widen, bend, narrow."
 
@@ -48,8 +55,8 @@ class MLP(nn.Module):
         "Bend each position on its own."
         h = self.up_proj(x)  # (B, L, F)
         if self.activation == "swiglu":
-            gate = self.gate_proj(x)
-            h = gate * sigmoid(gate) * h
+            gated = _swish_gate if mx.default_device() == mx.cpu else _in_one_kernel
+            h = gated(self.gate_proj(x), h)
         elif self.activation == "gelu":
             h = gelu(h)
         else:
