@@ -158,7 +158,7 @@ class _Files:
         if self.ranks.rank == 0:
             link_checkpoint(self.out / "last.npz", name)
 
-# %% ../../nbs/03e_training.trainer.ipynb #3a9411f8
+# %% ../../nbs/03e_training.trainer.ipynb #3b61441a
 class _Restored(_Files):
     "Going on from a checkpoint"
     def restore(self, ckpt):
@@ -174,9 +174,16 @@ class _Restored(_Files):
         if self.at.bad >= self.cfg.max_bad_steps:
             self.at.bad = 0  # it stopped here: somebody has looked at it
 
-# %% ../../nbs/03e_training.trainer.ipynb #3fdfdf5c
-class _News:
-    "Evaluation, speed, the bar"
+    def build_step(self):
+        "Only now: ranks may share the weights out, and all of them must be restored"
+        self.model, self.optimizer = self.ranks.share(self, self.model, self.optimizer)
+        self.step = TrainStep(self.model, self.optimizer, self.cfg, self.ranks)
+        if self.loss_scale:
+            self.step.scale = mx.array(self.loss_scale)
+
+# %% ../../nbs/03e_training.trainer.ipynb #5331e673
+class _Evaluated:
+    "Evaluation"
     def evaluate(self) -> float:  # nats a token
         "Validation loss; best.npz follows it"
         cfg, at = self.cfg, self.at
@@ -195,6 +202,9 @@ class _News:
             self.say(news + " (best)" * best)
         return loss
 
+# %% ../../nbs/03e_training.trainer.ipynb #761c9b45
+class _Shown(_Evaluated):
+    "Speed and the bar"
     def clock(self) -> float:
         "Seconds spent, in this and all earlier parts of the run"
         return self.at.seconds + time.perf_counter() - self.started
@@ -216,16 +226,8 @@ class _News:
             bar.set_postfix_str(f"loss {self.loss:.3f}{speed}, {size}", refresh=False)
             bar.update()
 
-# %% ../../nbs/03e_training.trainer.ipynb #b5c4c2ac
-class _Step:
-    def build_step(self):
-        self.model, self.optimizer = self.ranks.share(self, self.model, self.optimizer)
-        self.step = TrainStep(self.model, self.optimizer, self.cfg, self.ranks)
-        if self.loss_scale:
-            self.step.scale = mx.array(self.loss_scale)
-
-# %% ../../nbs/03e_training.trainer.ipynb #14d15e60
-class _Setup(_Step):
+# %% ../../nbs/03e_training.trainer.ipynb #0725f63a
+class _Setup:
     def __init__(
         self,
         model,  # a GPT
@@ -251,8 +253,8 @@ class _Setup(_Step):
         rows, place = self.ranks.rows(cfg.batch_size), (self.ranks.rank, self.ranks.size)
         self.optimizer = _optimizer(cfg, model)
         self.loader = DataLoader(train, rows, cfg.seq_len, cfg.mode, cfg.seed, *place)
-        self.at, self.log_bytes, self.saved, self.asked = RunState(window=[]), 0, None, []
-        self.loss_scale = None
+        self.at, self.asked = RunState(window=[]), []
+        self.log_bytes, self.saved, self.loss_scale = 0, None, None
         mx.random.seed(cfg.seed)
         if resume:
             self.restore(latest_checkpoint(self.out, self.say) if resume is True else resume)
@@ -296,8 +298,8 @@ class _Ends:
         return Stopped(f"{name}: stopped after step {self.at.step}, saved {self.save()}; "
                        f"go on with --resume --out {self.out}")  # fmt: skip
 
-# %% ../../nbs/03e_training.trainer.ipynb #65ae66f9
-class Trainer(_Setup, _Settled, _Restored, _News, _Ends):
+# %% ../../nbs/03e_training.trainer.ipynb #7266cf4e
+class Trainer(_Setup, _Settled, _Restored, _Shown, _Ends):
     "Train a model. `fit` raises NonFiniteLoss, Stopped, DiskFull, SaveError"
     def fit(self) -> dict:  # steps, tokens, losses, speed, and where everything is
         "Train to the end of the schedule"
