@@ -43,10 +43,11 @@ stress: ## the long proofs: many kills, many cases, many steps
 	$(SETUP) $(TESTS)
 	$(CI) .venv/bin/python -m pytest -q -m stress tests
 
-bench: ## measure this machine: matmul, tokenizer, training, generation; then the tokenizer beside others
+bench: ## measure this machine; then the tokenizer beside others, and training beside nanoGPT's setting (TORCH=1)
 	$(SETUP) $(TESTS)
 	$(RUN) tools/bench.py
 	$(RUN) tests/bench_tokenizer.py --processes 2
+	$(RUN) tests/bench_shakespeare.py
 
 clean: ## remove what can be made again (not .venv, data, checkpoints)
 	@rm -rf book/_site .doctrees build dist .pytest_cache .ruff_cache
