@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Text', 'Names', 'Int', 'Float', 'Name', 'Tok', 'FLAGS', 'COMMANDS', 'FULL', 'Command', 'QuickstartCommand',
-           'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'warn_of_shape', 'load', 'Generate',
-           'talk', 'write_json_lines', 'write_texts', 'Evaluate', 'TestModel', 'Export', 'Import', 'fold_box',
-           'UsageError', 'parse', 'describe', 'main']
+           'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'ranks_for', 'warn_of_shape', 'load',
+           'Generate', 'talk', 'write_json_lines', 'write_texts', 'Evaluate', 'TestModel', 'Export', 'Import',
+           'fold_box', 'UsageError', 'parse', 'describe', 'main']
 
 # %% ../nbs/06b_cli.ipynb #065ac654
 import contextlib
@@ -162,9 +162,12 @@ class Train(Command):
     eval_every: Int = None  # steps between evaluations
     save_every: Int = None  # steps between checkpoints
     seed: int = 0  # the same seed gives the same run
+    shard: bool = False  # under mlx.launch: each rank holds only its part of the blocks
 
     def run(self) -> None:
         trainer = trainer_for(self)
+        if trainer.ranks.rank:  # rank 0 speaks for all
+            return trainer.fit()
         warn_of_shape(self, trainer.model.cfg)
         report = trainer.fit()
         loss, step = report["val_loss"], report["best_step"]
@@ -182,18 +185,33 @@ def trainer_for(c: Train):
     require_mlx()
     from llmfs.training.prepare import continue_run, new_run
 
+    ranks = ranks_for(c)
     if c.resume and c.text:
         raise ValueError("--resume goes on with the text of the run: leave --text out")
     values = {name: getattr(c, name) for name in FLAGS.split()}
     values = {name: value for name, value in values.items() if value is not None}
     if c.precision != "auto":
         values["precision"] = c.precision
+    say = (lambda line="": None) if ranks.rank else c.say
     if c.resume:
-        return continue_run(c.out, c.say, **values)
+        return continue_run(c.out, say, ranks, **values)
     return new_run(
         c.model_size, c.out, c.text, c.data, c.tokenizer, overwrite=c.overwrite,
-        say=c.say, seed=c.seed, **values,
+        say=say, ranks=ranks, seed=c.seed, **values,
     )  # fmt: skip
+
+
+def ranks_for(c: Train):
+    "The processes that train together: those that mlx.launch started, or this one."
+    from llmfs import __version__
+    from llmfs.training.distributed import join_ranks
+    from llmfs.training.sharding import Shards
+
+    ranks = join_ranks(Shards if c.shard else None)
+    if c.shard and ranks.size == 1:
+        raise ValueError("--shard needs several processes: mlx.launch -n 2 -- llmfs train --shard")
+    ranks.same(asdict(c) | {"llmfs": __version__})
+    return ranks
 
 # %% ../nbs/06b_cli.ipynb #21763481
 def warn_of_shape(c: Command, cfg) -> None:
@@ -461,6 +479,8 @@ def describe(
         return 130, text or "stopped"
     if type(e).__name__ == "NonFiniteLoss":
         return 3, text
+    if type(e).__name__ in ("LostRank", "OtherRank"):
+        return 5, text
     if isinstance(e, OSError):
         if e.errno and e.strerror and text.startswith("[Errno"):
             text = f"{e.filename}: {e.strerror.lower()}" if e.filename else e.strerror
@@ -489,5 +509,6 @@ def main(
         if "--debug" in args:
             raise
         code, line = describe(e)
-        print(f"llmfs: {line}", file=sys.stderr)
+        if not getattr(e, "said", False):  # by another process of the run
+            print(f"llmfs: {line}", file=sys.stderr)
         return code

@@ -206,6 +206,11 @@ def _disown(out):
     "A quick start that is trained further is no longer the quick start's to replace."
     (Path(out) / "quickstart.json").unlink(missing_ok=True)
 
+
+def _told(told):
+    "What rank 0 made, as the other ranks open it."
+    return load_tokenizer(told[0]), *map(TokenFile, told[1:])
+
 # %% ../../nbs/03g_training.prepare.ipynb #80a1381d
 def new_run(
     model_size: str,  # one of PRESETS
@@ -216,39 +221,50 @@ def new_run(
     *,
     overwrite: bool = False,  # replace a run that is there
     say: Callable[[str], None] = print,  # shows a line
+    ranks=None,  # the processes of the run; None: only this one
     **values,  # fields of TrainConfig that differ from the recipe
 ):  # a Trainer: fit() runs it
     "Text, tokenizer, model and trainer for a preset."
     from llmfs.model.transformer import GPT, preset
-    from llmfs.training.trainer import Trainer, recipe, refuse_old_run
+    from llmfs.training.trainer import OneProcess, Trainer, recipe, refuse_old_run
 
     import mlx.core as mx
 
+    ranks = ranks or OneProcess()
     length = {"max_seq_len": values["seq_len"]} if values.get("seq_len") else {}
-    recipe(model_size, preset(model_size, **length), **values)
-    if not overwrite:
-        refuse_old_run(out)
-    tok, train, validation = run_text(out, text, data, tokenizer, say)
+
+    def first():
+        recipe(model_size, preset(model_size, **length), **values)
+        if not overwrite:
+            refuse_old_run(out)
+        tok, *files = made = run_text(out, text, data, tokenizer, say)
+        return made, [tok.to_dict(), *(str(f.path) for f in files)]
+
+    tok, train, validation = ranks.in_turn(first, _told)
     shape = preset(model_size, vocab_size=tok.vocab_size, **length)
-    cfg = recipe(model_size, shape, **values)
+    cfg = recipe(model_size, shape, world_size=ranks.size, **values)
     cfg = replace(cfg, mode=pick_mode(train.header, cfg.seq_len))
     mx.random.seed(cfg.seed)
     trainer = Trainer(GPT(shape), cfg, tokenizer=tok, train=train, validation=validation,
-                      out=out, overwrite=overwrite, say=say)  # fmt: skip
-    _disown(out)
-    save_run_files(out, train=train.path, validation=validation.path)
+                      out=out, overwrite=overwrite, say=say, ranks=ranks)  # fmt: skip
+    if ranks.rank == 0:
+        _disown(out)
+        save_run_files(out, train=train.path, validation=validation.path)
     return trainer
 
 # %% ../../nbs/03g_training.prepare.ipynb #83c77990
 def continue_run(
     out: str | Path,  # folder of the run
     say: Callable[[str], None] = print,  # shows a line
+    ranks=None,  # the processes of the run; None: only this one
     **values,  # fields of TrainConfig that shall differ
 ):  # a Trainer: fit() goes on
     "The run in a folder, as it stood."
-    from llmfs.training.trainer import resume_training
+    from llmfs.training.trainer import OneProcess, resume_training
 
-    files = {name: TokenFile(path) for name, path in load_run_files(out).items()}
-    trainer = resume_training(out, **files, say=say, **values)
-    _disown(out)
+    ranks, known = ranks or OneProcess(), lambda: load_run_files(out).items()
+    files = ranks.together(lambda: {name: TokenFile(path) for name, path in known()})
+    trainer = resume_training(out, **files, say=say, ranks=ranks, **values)
+    if ranks.rank == 0:
+        _disown(out)
     return trainer

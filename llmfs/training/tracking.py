@@ -116,6 +116,10 @@ class _Agreed(Alone):
     def wait(self):
         "Until all ranks are here"
 
+    def together(self, work):
+        "What `work()` gives; where it fails on one rank, all end"
+        return work()
+
     def loss_of(self, evaluate, batches):
         "Mean loss over all ranks, nats a token"
         result = evaluate(batches)
@@ -124,6 +128,13 @@ class _Agreed(Alone):
 # %% ../../nbs/03e_training.tracking.ipynb #c9ede794
 class OneProcess(_Agreed):
     "The only rank of a run"
+    def same(self, values):
+        "Raise ValueError where ranks were started with other values"
+
+    def in_turn(self, first, rest):
+        "What `first()` gives on rank 0, and what `rest(told)` makes of its second value elsewhere"
+        return first()[0]
+
     def rows(self, batch_size):
         "How many rows of a batch are this rank's"
         return batch_size

@@ -135,9 +135,7 @@ class _Files:
             return last
         at.seconds, self.started = self.clock(), time.perf_counter()
         model, optimizer = self.ranks.whole(self.model, self.optimizer)
-        if self.ranks.rank == 0:
-            self.write(model, optimizer)
-        self.ranks.wait()
+        self.ranks.together(lambda: self.ranks.rank or self.write(model, optimizer))
         self.saved = at.step, at.last_eval
         return last
 
@@ -226,6 +224,21 @@ class _Shown(_Evaluated):
             bar.set_postfix_str(f"loss {self.loss:.3f}{speed}, {size}", refresh=False)
             bar.update()
 
+# %% ../../nbs/03e_training.trainer.ipynb #a24f58f6
+def _check_fit(model, cfg, tokenizer):
+    shape = getattr(model, "cfg", None)
+    if shape and cfg.seq_len > shape.max_seq_len:
+        raise ValueError(f"sequences of {cfg.seq_len} tokens are longer than the model's "
+                         f"{shape.max_seq_len}; lower seq_len or build a longer model")  # fmt: skip
+    if shape and tokenizer is not None and tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
+                         f"{shape.vocab_size}; set vocab_size")  # fmt: skip
+
+def _optimizer(cfg, model):
+    rates = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    rates |= dict(muon_lr=cfg.muon_lr) if cfg.optimizer == "muon" else {}
+    return make_optimizer(cfg.optimizer, model, **rates)
+
 # %% ../../nbs/03e_training.trainer.ipynb #0725f63a
 class _Setup:
     def __init__(
@@ -243,16 +256,21 @@ class _Setup:
         say=None,  # called with each line of news; None: printed to stderr
         ranks=None,  # the processes of the run; None: only this one
     ):
-        _check_fit(model, cfg, tokenizer)
         self.model, self.cfg, self.tokenizer = model, cfg, tokenizer
         self.train, self.validation, self.out = train, validation, Path(out)
         self.overwrite, self.show, self.ranks = overwrite and not resume, show, ranks or OneProcess()
         self.say = say or (lambda line: print(line, file=sys.stderr))
         if self.ranks.rank > 0:  # rank 0 speaks for all
             self.say, self.show = lambda line: None, False
+        self.ranks.together(lambda: self.set_up(model, cfg, overwrite, resume))
+        self.build_step()
+
+    def set_up(self, model, cfg, overwrite, resume):
+        "What each rank does by itself"
+        _check_fit(model, cfg, self.tokenizer)
         rows, place = self.ranks.rows(cfg.batch_size), (self.ranks.rank, self.ranks.size)
         self.optimizer = _optimizer(cfg, model)
-        self.loader = DataLoader(train, rows, cfg.seq_len, cfg.mode, cfg.seed, *place)
+        self.loader = DataLoader(self.train, rows, cfg.seq_len, cfg.mode, cfg.seed, *place)
         self.at, self.asked = RunState(window=[]), []
         self.log_bytes, self.saved, self.loss_scale = 0, None, None
         mx.random.seed(cfg.seed)
@@ -260,7 +278,6 @@ class _Setup:
             self.restore(latest_checkpoint(self.out, self.say) if resume is True else resume)
         elif not overwrite:
             refuse_old_run(self.out)
-        self.build_step()
 
 # %% ../../nbs/03e_training.trainer.ipynb #7d09c0c2
 class _Ends:
@@ -304,7 +321,7 @@ class Trainer(_Setup, _Settled, _Restored, _Shown, _Ends):
     def fit(self) -> dict:  # steps, tokens, losses, speed, and where everything is
         "Train to the end of the schedule"
         at, cfg = self.at, self.cfg
-        self.begin()
+        self.ranks.together(self.begin)
         bar = make_bar(self.show, total=cfg.max_steps, initial=at.step)
         with stop_requests() as self.asked, self.ranks.guard(self.out), bar, closing(self.log):
             while progress(cfg, at.step, self.now()) < 1:
@@ -330,10 +347,12 @@ def resume_training(
     **given,  # fields of TrainConfig that shall differ, such as max_steps; None: as it was
 ) -> Trainer:  # fit() goes on
     "A run at its newest good checkpoint. Raises FileNotFoundError, CheckpointError"
-    ckpt = latest_checkpoint(out, say or print)
+    ranks = ranks or OneProcess()
+    ckpt = ranks.together(lambda: latest_checkpoint(out, say or print))
     given = {k: v for k, v in given.items() if v is not None}
     known = {f.name for f in fields(TrainConfig)}
-    cfg = TrainConfig(**{k: v for k, v in ckpt.extra["train"].items() if k in known} | given)
+    given = {k: v for k, v in ckpt.extra["train"].items() if k in known} | given
+    cfg = ranks.together(lambda: TrainConfig(**given))
     model = GPT(GPTConfig.from_dict(ckpt.config))
     tokenizer = ckpt.tokenizer and load_tokenizer(ckpt.tokenizer)
     return Trainer(model, cfg, tokenizer=tokenizer, train=train, validation=validation,
