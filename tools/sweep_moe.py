@@ -1,0 +1,290 @@
+"""Train dense models and mixtures of experts on the same text, and note where the routers send each part of it.
+
+    python tools/sweep_moe.py nbs/results/moe_grid.json --out RECORDS.jsonl [--workers 6] [--budget 280]
+
+The grid is a list of runs, the most important first: {"label", "corpus", "shape", "train", ...}. shape: fields of
+GPTConfig, or with "kind": "moe" of MoEConfig, without vocab_size; train: fields of TrainConfig. corpus: "stories"
+(with "n_stories", "n_facts", "vocab_size") or a token file as in sweep.py. "watch": so many times on the way, the load
+of each expert is noted. Runs that OUT holds already are skipped; what ran out of time leaves no line.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache, partial
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import sweep
+
+from llmfs.data.stories import Stories, tell
+from llmfs.data.tokens import TokenFile, write_tokens
+from llmfs.data.words import map_blocks
+from llmfs.tokenizer.vocab import load_tokenizer, train_tokenizer
+
+import numpy as np
+
+HELD_OUT = 1000  # stories that judge every run
+WATCHED = 64  # of them, whose routing is looked at
+GROUPS = {"say": "fixed text", "pick": "choice", "recall": "recall"}
+
+
+class _Marker:
+    "Reads a story back and notes which part of the grammar each character belongs to."
+
+    def __init__(self, text: str, world: Stories):
+        from llmfs.data.stories import _Reader
+
+        class Marking(_Reader):
+            def follow(self, ops, memory):
+                for op in ops:
+
+                    super().follow([op], memory)
+                    slot = "fixed text" if op.kind == "say" else op.text
+                    group = "fact" if op.text == "fact" else GROUPS[op.kind]
+                    marks.append((self.at, slot, group))
+
+        marks, reader = [], Marking(text, world)
+        tell(world, reader)
+        self.marks = marks
+
+
+def parts_of(text: str, ids, tokenizer, world: Stories) -> list[tuple[str, str]]:
+    "Slot and group of each token: those of its last character."
+    marks = iter(_Marker(text, world).marks)
+    end, slot, group = next(marks)
+    at, found = 0, []
+    for i in ids:
+        at += len(tokenizer.decode([i]).encode())
+        while at > end:
+            end, slot, group = next(marks)
+        found.append((slot, group))
+    return found
+
+
+def tell_block(block: int, n_facts: int) -> list[str]:
+    stories = Stories(n_facts).stream("train", 1000 + block)
+    return [s.text for s in islice(stories, sweep.BLOCK)]
+
+
+def held_out(n_facts: int) -> list:
+    return list(islice(Stories(n_facts).stream("validation", 1), HELD_OUT))
+
+
+def stories_files(folder: Path, run: dict, processes: int) -> Path:
+    "Training stories and their tokenizer, written once."
+    n, V, facts = run["n_stories"], run["vocab_size"], run["n_facts"]
+    path = folder / f"facts{facts}-{V}-{n}.npy"
+    if path.with_suffix(".json").is_file():
+        return path
+    block = partial(tell_block, n_facts=facts)
+    tokenizer = train_tokenizer(chain.from_iterable(map(block, range(2))), V)
+    tokenizer.save(path.with_suffix(".tokenizer"))
+    texts = map_blocks(block, range(-(-n // sweep.BLOCK)), processes)
+    write_tokens(islice(chain.from_iterable(texts), n), tokenizer, path, processes)
+    return path
+
+
+@lru_cache(2)
+def exam_of(path: Path, n_facts: int):
+    return Exam(path, n_facts)
+
+
+class Exam:
+    "Held-out stories as rows of ids, each token with its part of the grammar."
+
+    def __init__(self, path: Path, n_facts: int):
+        world, tok = Stories(n_facts), load_tokenizer(path.with_suffix(".tokenizer"))
+        stories = held_out(n_facts)
+        self.tokenizer, self.texts = tok, [s.text for s in stories]
+        self.floor = [-s.logprob for s in stories]
+        ids = [tok.encode(s.text) for s in stories]
+        length = max(map(len, ids)) + 1
+        self.ids = np.full((len(ids), length), tok.eot_id, np.int32)
+        self.parts = np.full((len(ids), length), -1, np.int16)
+        self.names = {}
+        for row, (story, one) in enumerate(zip(stories, ids)):
+            self.ids[row, 1 : len(one) + 1] = one
+            marks = parts_of(story.text, one, tok, world)
+            index = [self.names.setdefault(m, len(self.names)) for m in marks]
+            self.parts[row, 1 : len(one) + 1] = index
+
+
+def nats_by_group(model, exam: Exam, rows: int = 50) -> dict:
+    "Mean loss of the tokens of each part: {group: [nats a token, tokens]}."
+    from llmfs.evaluation.metrics import token_nll
+
+    import mlx.core as mx
+
+    total = {}
+    for at in range(0, len(exam.ids), rows):
+        x, parts = exam.ids[at : at + rows], exam.parts[at : at + rows, 1:]
+        nll = np.array(token_nll(model(mx.array(x[:, :-1])), mx.array(x[:, 1:])))
+        for (_, group), i in exam.names.items():
+            hit, old = parts == i, total.get(group, (0.0, 0))
+            total[group] = old[0] + float(nll[hit].sum()), old[1] + int(hit.sum())
+    return {g: [round(s / n, 5), n] for g, (s, n) in total.items() if n}
+
+
+def watch(model, tokens) -> dict:
+    "Load of each expert and entropy of the router, in each layer."
+    from llmfs.model.moe import expert_load, routing
+
+    choices, entropy = routing(model, tokens), []
+    for c in choices:
+        p = np.array(c.score, np.float64)
+        p /= p.sum(-1, keepdims=True)
+        entropy.append(float(-(p * np.log(p + 1e-12)).sum(-1).mean()))
+    return dict(load=expert_load(choices).round(4).tolist(), entropy=np.round(entropy, 4).tolist())
+
+
+def who_goes_where(model, exam: Exam) -> dict:
+    "At the end: how often each expert was chosen for each slot, and the words it saw most."
+    from llmfs.model.moe import routing
+
+    import mlx.core as mx
+
+    x, parts = exam.ids[:WATCHED], exam.parts[:WATCHED].ravel()
+    E, names = model.cfg.n_experts, {i: n for n, i in exam.names.items()}
+    slots, words = [], []
+    for c in routing(model, mx.array(x)):
+        chosen = np.array(c.chosen)
+        seen = {f"{g}: {s}" if g != s else s: np.bincount(chosen[parts == i].ravel(), minlength=E).tolist()
+                for i, (s, g) in sorted(names.items())}  # fmt: skip
+        slots.append(seen)
+        words.append([favourites(x.ravel()[(chosen == e).any(1) & (parts >= 0)], exam) for e in range(E)])
+    return dict(slots=slots, words=words)
+
+
+def favourites(ids, exam: Exam, n: int = 8) -> list:
+    "The tokens that an expert saw most often."
+    seen, count = np.unique(ids, return_counts=True)
+    order = np.argsort(-count)[:n]
+    return [[exam.tokenizer.decode([int(seen[i])]), int(count[i])] for i in order]
+
+
+def train(model, file: TokenFile, cfg, deadline: float, looks: int, tokens) -> dict:
+    "Train to the end of the schedule, looking at the routers on the way. Raises OutOfTime, FloatingPointError."
+    from llmfs.training.data_loader import DataLoader
+    from llmfs.training.optimizer import make_optimizer
+    from llmfs.training.step import TrainStep, lr_scale
+
+    rates = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    rates |= dict(muon_lr=cfg.muon_lr) if cfg.optimizer == "muon" else {}
+    step = TrainStep(model, make_optimizer(cfg.optimizer, model, **rates), cfg)
+    loader = DataLoader(file, cfg.batch_size, cfg.seq_len, cfg.mode, cfg.seed)
+    marks = {round(cfg.max_steps * (i + 1) / looks) for i in range(looks)}
+    curve, seen, looking, waiting = [], [], 0.0, []
+    for s in range(cfg.max_steps):
+        waiting.append(step([next(loader)], lr_scale(cfg, s))[0])
+        if s + 1 in marks:
+            start = time.time()
+            seen.append(dict(step=s + 1) | watch(model, tokens))
+            looking += time.time() - start
+        if len(waiting) == 8 or s + 1 == cfg.max_steps:
+            curve += [(s + 1 - len(waiting) + j, x.item()) for j, x in enumerate(waiting, 1)]
+            waiting.clear()
+            if not math.isfinite(curve[-1][1]):
+                raise FloatingPointError(f"loss not finite near step {s}")
+        if time.time() > deadline:
+            raise sweep.OutOfTime
+    return dict(curve=sweep.thinned(curve), watched=seen, looking=looking)
+
+
+def perform(run: dict, deadline: float = math.inf) -> dict:
+    "One run, from nothing to its record."
+    from llmfs.hardware import hardware, pick_precision
+    from llmfs.model import moe  # noqa: F401  (makes its kind of config known)
+    from llmfs.model.transformer import GPT, GPTConfig, count_params, flops_per_token
+    from llmfs.training.step import TrainConfig
+
+    import mlx.core as mx
+
+    if time.time() > deadline:
+        raise sweep.OutOfTime
+    path, cfg = Path(run["path"]), TrainConfig(**run["train"])
+    file, stories = TokenFile(path), run["corpus"] == "stories"
+    shape = dict(vocab_size=file.header["vocab_size"], max_seq_len=cfg.seq_len) | run["shape"]
+    shape, exam = GPTConfig.from_dict(shape), exam_of(path, run["n_facts"]) if stories else None
+    mx.random.seed(cfg.seed)
+    model, start = GPT(shape), time.time()
+    looked = exam.ids[:WATCHED] if stories else file.ids[: 32 * cfg.seq_len].reshape(32, -1)
+    looks = run.get("watch", 0) if shape.kind == "moe" else 0
+    found = train(model, file, cfg, deadline, looks, mx.array(looked.astype(np.int32)))
+    seconds = time.time() - start - found.pop("looking")
+    model.eval()
+    if stories:
+        corpus = sweep.Corpus(file, None, exam.tokenizer, exam.texts, exam.floor)
+        found |= sweep.judge(model, corpus, cfg) | dict(parts=nats_by_group(model, exam))
+        found |= who_goes_where(model, exam) if run.get("where") else {}
+    else:
+        found |= sweep.judge(model, sweep.open_corpus(path), cfg)
+    found["tokens"] = cfg.max_steps * cfg.batch_size * cfg.grad_accum * cfg.seq_len
+    size = dict(params=count_params(shape), active=count_params(shape, active=True))
+    where = hardware()
+    return {"id": sweep.name_of(run), "run": {k: v for k, v in run.items() if k != "path"}} | size | found | dict(
+        flops=found["tokens"] * flops_per_token(shape, cfg.seq_len), precision=pick_precision(cfg.precision),
+        seconds=round(seconds, 1), device=f"{where.chip} ({where.backend})", versions=sweep.versions())  # fmt: skip
+
+
+def finished(todo: list[dict], workers: int, deadline: float):
+    "Pairs of a run and its result, as they finish."
+    if workers == 1:
+        for run in todo:
+            yield run, partial(perform, run, deadline)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting = {pool.submit(perform, run, deadline): run for run in todo}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result
+
+
+def go(runs: list[dict], out: Path, data: Path, workers: int, budget: float, say=print) -> int:
+    "Perform what is not in OUT yet; how many runs failed."
+    start, late, failed = time.time(), 0, 0
+    known = {r["id"] for r in sweep.read_records(out)}
+    todo = [run for run in runs if sweep.name_of(run) not in known]
+    for run in todo:
+        run["path"] = run["corpus"]
+        if run["corpus"] == "stories":
+            run["path"] = str(stories_files(data, run, os.cpu_count() if workers > 1 else 1))
+    say(f"{time.time() - start:.0f} s: texts ready; {len(runs)} runs, {len(todo)} to do, {workers} at a time")
+    for run, result in finished(todo, workers, start + budget):
+        try:
+            r = result()
+        except sweep.OutOfTime:
+            late += 1
+        except Exception as e:
+            failed += 1
+            say(f"{sweep.name_of(run)} {run['label']} failed: {type(e).__name__}: {e}")
+        else:
+            sweep.append(out, r)
+            fact = r.get("parts", {}).get("fact", ["", 0])[0]
+            say(f"{time.time() - start:.0f} s: {run['label']:<26} seed {run['train']['seed']} "
+                f"{r['bits_per_byte']:.4f} bits/byte  fact {fact}  {r['seconds']:.0f} s", flush=True)  # fmt: skip
+    say(f"{time.time() - start:.0f} s: {len(todo) - late - failed} done, {late} out of time, {failed} failed")
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("grid", type=Path, help="JSON list of runs")
+    parser.add_argument("--out", type=Path, required=True, help="records, one JSON line each")
+    parser.add_argument("--data", type=Path, default=Path("data/sweep"), help="folder of the stories' token files")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing goes on")
+    parser.add_argument("--only", default="", help="runs whose label contains this")
+    args = parser.parse_args()
+    runs = [r for r in json.loads(args.grid.read_text(encoding="utf-8")) if args.only in r["label"]]
+    args.data.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return min(1, go(runs, args.out, args.data, args.workers, args.budget))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
