@@ -20,14 +20,13 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 
-import sweep
-
 from llmfs.data.stories import Stories, tell
 from llmfs.data.tokens import TokenFile, write_tokens
 from llmfs.data.words import map_blocks
 from llmfs.tokenizer.vocab import load_tokenizer, train_tokenizer
 
 import numpy as np
+import sweep
 
 HELD_OUT = 1000  # stories that judge every run
 WATCHED = 64  # of them, whose routing is looked at
