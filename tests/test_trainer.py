@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -481,6 +482,42 @@ def test_full_disk_stops_the_run_and_loses_nothing(data, tmp_path, monkeypatch):
     assert ck.load_checkpoint(parts / "last.npz").step in (4, 6)
     trainer(data, parts, resume=True).fit()
     assert_same_run(whole, parts)
+
+
+FULL = """
+import subprocess, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_trainer as t
+data, whole, disk = map(Path, sys.argv[2:])
+mount = lambda what: subprocess.run(["mount", "-t", "tmpfs", "-o", what, "tmpfs", disk], check=True)
+mount(f"size={5 * (whole / 'last.npz').stat().st_size // 2}")
+try:
+    t.trainer(data, disk / "run").fit()
+except t.ck.DiskFull as e:
+    print(e)
+print("saved", t.ck.load_checkpoint(disk / "run" / "last.npz").step)
+assert not list((disk / "run").glob("*.part"))
+mount("remount,size=50m")
+t.trainer(data, disk / "run", resume=True).fit()
+t.assert_same_run(whole, disk / "run")
+print("same")
+"""
+
+
+def test_a_disk_that_is_really_full(data, tmp_path):
+    "A file system with room for two checkpoints; it is given more, and the run goes on"
+    own = ["unshare", "-Urm"]  # a name space of its own, where anybody may mount
+    (tmp_path / "disk").mkdir()
+    probe = [*own, "mount", "-t", "tmpfs", "tmpfs", tmp_path / "disk"]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk here")
+    trainer(data, tmp_path / "whole").fit()
+    command = [*own, sys.executable, "-c", FULL, os.path.dirname(__file__), data]
+    done = subprocess.run([*command, tmp_path / "whole", tmp_path / "disk"], capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert "no space left to write" in said[0] and said[-2:] == ["saved 6", "same"]
 
 
 def test_vanished_folder(data, tmp_path):
