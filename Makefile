@@ -2,7 +2,7 @@
 # PYTHON=python3.12 make ...  picks the interpreter; BACKEND=cpu (cuda12, cuda13) picks MLX's backend on Linux.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check book book-serve lab stress bench clean
+.PHONY: help quickstart test check book book-check book-serve lab stress bench clean
 
 SETUP := @bash tools/setup.sh
 RUN := @.venv/bin/python
@@ -27,10 +27,14 @@ check: ## notebooks, modules and text copies agree; lint; house rules. Changes n
 	$(SETUP) dev
 	$(RUN) tools/check.py
 
-book: ## render the book to book/_site/index.html
+book: ## render the book to book/_site/index.html (SOLUTIONS=0: without the solutions, for teaching)
 	$(SETUP) book
-	$(RUN) -m sphinx -q -W --keep-going -b html -d .doctrees -c book nbs book/_site
+	@LLMFS_SOLUTIONS=$(if $(filter 0 off no,$(SOLUTIONS)),off,on) .venv/bin/python -m sphinx -q -W --keep-going -b html -d .doctrees -c book nbs book/_site
 	@echo "the book: book/_site/index.html"
+
+book-check: book ## look at every page in a real browser: accessibility, speed, phone width, search (needs a Chromium)
+	$(SETUP) browser
+	$(RUN) tools/book_check.py $(PAGES)
 
 book-serve: book ## render the book and serve it on http://localhost:8000
 	$(RUN) -m http.server --bind 127.0.0.1 --directory book/_site 8000
@@ -50,6 +54,6 @@ bench: ## measure this machine; then the tokenizer beside others, and training b
 	$(RUN) tests/bench_shakespeare.py
 
 clean: ## remove what can be made again (not .venv, data, checkpoints)
-	@rm -rf book/_site .doctrees build dist .pytest_cache .ruff_cache
+	@rm -rf book/_site book/_shots .doctrees build dist .pytest_cache .ruff_cache
 	@find llmfs nbs tests tools book -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

@@ -12,7 +12,11 @@ sys.path[:0] = [str(HERE), str(REPO)]
 
 import llmfs  # noqa: E402  (before anything that imports MLX)
 
+import downloads  # noqa: E402
+import landing  # noqa: E402
+import measured  # noqa: E402
 import nbdev_reader  # noqa: E402
+import terms  # noqa: E402
 
 project = "llmfs"
 author = "the llmfs authors"
@@ -32,7 +36,7 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 exclude_patterns = ["text", "results", "data", "checkpoints", "**/_*", "**.ipynb_checkpoints"]
-templates_path = []
+templates_path = ["_templates"]
 default_role = "code"
 numfig = True
 nitpicky = True
@@ -57,7 +61,8 @@ html_theme = "sphinx_book_theme"
 html_title = "llmfs"
 html_static_path = ["_static"]
 html_css_files = ["llmfs.css"]
-html_copy_source = True
+html_copy_source = False  # downloads.py makes copies that run alone, without solutions where those are off
+html_show_sourcelink = False
 html_show_search_summary = False  # it would fetch pages, which file:// refuses
 html_last_updated_fmt = None
 html_context = {"default_mode": "auto"}
@@ -66,10 +71,10 @@ html_theme_options = {
     "repository_branch": "main",
     "path_to_docs": "nbs",
     "use_repository_button": True,
-    "use_download_button": True,
+    "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": False,
-    "show_navbar_depth": 1,
+    "show_navbar_depth": 1, "max_navbar_depth": 1,
     "show_toc_level": 2,
     "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [],
     "pygments_light_style": "a11y-high-contrast-light",
@@ -98,8 +103,29 @@ def modules():
                 yield path.stem, f"llmfs.{found[1]}"
 
 
-def write_api(app):
-    "Write nbs/api/MODULE.md where it changed, and remove pages of modules that are gone."
+def shown_in(name):
+    "Chapter and its title, for a name whose code a chapter shows; None for others."
+    if not PLACES:
+        for chapter, module in modules():
+            nb = nbdev_reader.read((NBS / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+            title = nb.cells[0].source.split("\n")[0].lstrip("# ")
+            for cell in nb.cells:
+                for found in re.findall(r"^\(code-([\w.-]+)\)=$", cell.source, re.M):
+                    PLACES[found] = chapter, title
+    return PLACES.get(nbdev_reader.label(name).removeprefix("code-"))
+
+
+PLACES = {}
+
+
+def write_if_new(page, text):
+    if not page.exists() or page.read_text(encoding="utf-8") != text:
+        page.write_text(text, encoding="utf-8")
+
+
+def write_pages(app):
+    "Write nbs/terms.md, and nbs/api/MODULE.md, where they changed; remove pages of modules that are gone."
+    write_if_new(NBS / "terms.md", terms.page())
     folder, pages = NBS / "api", {}
     for chapter, module in modules():
         pages[f"{module}.md"] = (
@@ -114,9 +140,7 @@ def write_api(app):
         if old.name not in pages:
             old.unlink()
     for name, text in pages.items():
-        page = folder / name
-        if not page.exists() or page.read_text(encoding="utf-8") != text:
-            page.write_text(text, encoding="utf-8")
+        write_if_new(folder / name, text)
 
 
 def outdated_api(app, env, added, changed, removed):
@@ -144,6 +168,8 @@ def document_parameters(app, what, name, obj, options, lines):
         found = docments(obj, full=True, returns=True)
     except Exception:  # no source to read: a built-in, a generated method
         return
+    if shown_in(name):
+        lines += ["", f"Where it is built: :ref:`{shown_in(name)[1]} <{nbdev_reader.label(name)}>`.", ""]
     notes = [(k, v.get("docment")) for k, v in found.items() if v.get("docment")]
     lines += [""] * bool(notes)
     for key, note in notes:
@@ -166,6 +192,19 @@ def drop_empty_parts(app, docname, content):
             lambda m: m[0] if any(NBS.glob(m[1] + ".ipynb")) else "", content[0])
 
 
+def numbers_of_records(app, docname, content):
+    "Pages in Markdown: the same keys as in chapters."
+    if not (NBS / f"{docname}.ipynb").exists():
+        content[0] = measured.fill(content[0], None, nbdev_reader.number_link, docname)
+
+
+def readme(app, path, parent, content):
+    "README.md in the book: today's numbers, the story in words, links that lead somewhere."
+    content[0] = measured.fill(content[0], None, nbdev_reader.number_link, Path(path).name)
+    content[0] = landing.story_in_words(content[0])
+    repository_links(app, path, parent, content)
+
+
 def repository_links(app, path, parent, content):
     "README.md is written for GitHub: its relative links become chapters or links to GitHub."
     def target(match):
@@ -181,11 +220,14 @@ def repository_links(app, path, parent, content):
 
 def setup(app):
     # A change of these reads all chapters again, where only changed chapters are read otherwise.
-    app.add_config_value("reader_source", (HERE / "nbdev_reader.py").read_text(), "env")
+    app.add_config_value("reader_source", "".join((HERE / f"{n}.py").read_text() for n in ("nbdev_reader", "measured", "terms")), "env")
     app.add_config_value("reader_solutions", nbdev_reader.SOLUTIONS, "env")
-    app.connect("builder-inited", write_api)
+    app.connect("builder-inited", write_pages)
     app.connect("env-get-outdated", outdated_api)
     app.connect("autodoc-process-signature", plain_types)
     app.connect("autodoc-process-docstring", document_parameters)
     app.connect("source-read", drop_empty_parts)
-    app.connect("include-read", repository_links)
+    app.connect("source-read", numbers_of_records)
+    app.connect("include-read", readme)
+    app.connect("html-page-context", downloads.add_button, priority=900)
+    app.connect("build-finished", downloads.write)

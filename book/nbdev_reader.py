@@ -8,7 +8,9 @@ import json
 import os
 import re
 
+import measured
 import nbformat
+import terms
 from fastcore.nbio import dict2nb
 from nbdev.process import NBProcessor
 
@@ -89,15 +91,32 @@ def api_link(module, names):
     return f":::{{div}} llmfs-api\nin {{py:mod}}`{module}`: {links}\n:::"
 
 
+def label(name):
+    "The target above the code of llmfs.module.name, for links from the API reference."
+    plain = re.sub("[A-Z]", lambda m: "-" + m[0].lower(), name)  # labels know no case, names do
+    return "code-" + plain.replace(".", "-")
+
+
+RECORDS = "https://github.com/llmfs/llmfs/blob/main/nbs/results/"
+
+
+def number_link(shown, file, key):
+    "A number from a record leads to it; one that a cell of the page prints just stands there."
+    if not file:
+        return shown
+    return f'[{shown}]({RECORDS}{file.rpartition("/")[2]} "{key}"){{.measured}}'
+
+
 def read(text):
     "The notebook in `text`, ready for myst-nb."
     cells = NBProcessor(nb=dict2nb(json.loads(text))).nb.cells
     module = next((f"llmfs.{c.directives_['default_exp'].split()[0]}" for c in cells
                    if c.cell_type == "code" and "default_exp" in c.directives_), None)
-    out = []
+    out, linked, printed = [], set(), measured.labelled(json.loads(text)["cells"])
     for cell, below in zip(cells, [*cells[1:], None], strict=True):
         source, d = cell.source, cell.directives_ if cell.cell_type == "code" else {}
         if cell.cell_type == "markdown":
+            source = terms.mark(measured.fill(source, printed, number_link))
             out.append(nbformat.v4.new_markdown_cell(source))
         elif cell.cell_type == "code" and source.strip():
             fold = prompt(d, source)
@@ -106,9 +125,14 @@ def read(text):
             if draws(cell) and "image" not in meta["mystnb"] and below:
                 meta["mystnb"]["image"] = {"alt": caption_below(below) or "Plot"}
             outputs = [nbformat.from_dict(o) for o in cell.get("outputs", [])]
-            out.append(nbformat.v4.new_code_cell(source, metadata=meta, outputs=outputs))
             names = public_names(source) if d.keys() & {"export", "exports"} else []
-            if module and names:
+            names = [n for n in names if module]
+            targets = [f"({label(f'{module}.{n}')})=" for n in names if n not in linked]
+            linked |= {*names}
+            if targets:
+                out.append(nbformat.v4.new_markdown_cell("\n".join([*targets, ":::{div} llmfs-code", ":::"])))
+            out.append(nbformat.v4.new_code_cell(source, metadata=meta, outputs=outputs))
+            if names:
                 out.append(nbformat.v4.new_markdown_cell(api_link(module, names)))
     meta = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
             "language_info": {"name": "python", "pygments_lexer": "ipython3"}}

@@ -1,0 +1,63 @@
+"""The index of terms, made from the chapters: `<dfn>perplexity</dfn>` marks where a term is introduced.
+
+Jupyter and GitHub show such a word in italics. The book enters it in the index, and the page of terms lists
+each with the sentence that introduces it.
+"""
+
+import json
+import re
+from pathlib import Path
+
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+TERM = re.compile(r"<dfn>([^<>\n]+)</dfn>")
+
+
+def mark(text: str) -> str:
+    "The text for Sphinx: an entry of the index and something to link to at each term."
+    def one(match):
+        term = match[1]
+        return f'<dfn id="{anchor(term)}">{term}</dfn>{{index}}`\u200b <{entry(term)}>`'
+    return TERM.sub(one, text)
+
+
+def entry(term: str) -> str:
+    "How the term stands in the index: an initial letter alone is lower case."
+    return term if any(c.isupper() for c in term[1:]) else term[:1].lower() + term[1:]
+
+
+def anchor(term: str) -> str:
+    return "term-" + re.sub(r"[^a-z0-9]+", "-", term.lower()).strip("-")
+
+
+def sentence(text: str, term: str) -> str:
+    "The sentence of a paragraph that introduces a term."
+    paragraph = next(p for p in re.split(r"\n\s*\n", text) if f"<dfn>{term}</dfn>" in p)
+    found = re.split(r"(?<=[.!?:])\s+(?=[A-Z<*`$])", " ".join(paragraph.split()))
+    words = next(s for s in found if f"<dfn>{term}</dfn>" in s)
+    words = re.sub(r"\s*\{cite:\w+\}`[^`]*`", "", TERM.sub(r"*\1*", words))
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", words).lstrip("-*> 0123456789.")[:400]
+
+
+def terms() -> list[tuple[str, str, str, str]]:
+    "Term, file of its chapter, the chapter's title, the sentence: in alphabetical order, the first of each."
+    found = {}
+    for path in sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
+        title = path.stem
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] != "markdown":
+                continue
+            if heading := re.match(r"# (.+)", text):
+                title = heading[1]
+            for term in TERM.findall(text):
+                name = path.relative_to(NBS).as_posix()
+                found.setdefault(entry(term).lower(), (term, name, title, sentence(text, term)))
+    return [found[k] for k in sorted(found)]
+
+
+def page() -> str:
+    "The page of terms, in Markdown."
+    lines = ["# Terms\n\nWhere each word is introduced, with the sentence that does it.\n"]
+    for term, name, title, words in terms():
+        lines.append(f"**{entry(term)}**\n: {words}\n  [{title}]({name}#{anchor(term)})\n")
+    return "\n".join(lines)
