@@ -6,7 +6,6 @@
 __all__ = ['HELP', 'BLOCK', 'Conversation', 'change_setting', 'interactive']
 
 # %% ../../nbs/04c_evaluation.conversation.ipynb #d79b3423
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
@@ -77,7 +76,7 @@ def change_setting(
     if name not in kinds:
         raise ValueError(f"there is no setting {name!r}: choose {', '.join(kinds)}")
     if kinds[name] is tuple:
-        return replace(sampling, stop=(value.replace("\\n", "\n"),))
+        return replace(sampling, stop=(value.strip('"').replace("\\n", "\n"),))
     try:
         new = kinds[name](value)
     except ValueError:
@@ -92,7 +91,9 @@ def _read_entry(read) -> str:
     "One entry of the reader, which may span lines."
     line = read("> ")
     if line.strip() == BLOCK:
-        lines = list(iter(lambda: read(". ").rstrip("\r"), BLOCK))
+        lines = []
+        while (line := read(". ").rstrip("\r")).strip() != BLOCK:
+            lines.append(line)
         return "\n".join(lines)
     while line.endswith("\\"):
         line = line[:-1] + "\n" + read(". ")
@@ -122,8 +123,7 @@ def _command(chat, line, write) -> bool:
 
 # %% ../../nbs/04c_evaluation.conversation.ipynb #be0c001b
 def _write(text):
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
 def _answer(chat, words, write):
