@@ -212,7 +212,8 @@ def perform(run: dict, deadline: float = math.inf) -> dict:
     shape, exam = GPTConfig.from_dict(shape), exam_of(path, run["n_facts"]) if stories else None
     mx.random.seed(cfg.seed)
     model, start = GPT(shape), time.time()
-    looked = exam.ids[:WATCHED] if stories else file.ids[: 32 * cfg.seq_len].reshape(32, -1)
+    ids = exam.ids[:WATCHED][exam.parts[:WATCHED] >= 0] if stories else file.ids
+    looked = ids[: len(ids[: 16384]) // cfg.seq_len * cfg.seq_len].reshape(-1, cfg.seq_len)
     looks = run.get("watch", 0) if shape.kind == "moe" else 0
     found = train(model, file, cfg, deadline, looks, mx.array(looked.astype(np.int32)))
     seconds = time.time() - start - found.pop("looking")
