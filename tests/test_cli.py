@@ -395,6 +395,59 @@ def test_conversation_in_a_terminal(terminal):
     assert t.end() == 0
 
 
+def test_several_lines_and_settings_in_a_terminal(terminal):
+    t = terminal("--max-tokens", "3", "--temperature", "0")
+    t.wait_for("> ")
+    t.send("The cat\\\n")  # a backslash: the turn goes on
+    t.wait_for(". ")
+    t.send("The mat\n")
+    t.wait_for("> ")
+    t.send("/history\n")
+    t.wait_for("The cat\r\nThe mat")
+    t.wait_for("> ")
+    for typed, said in (
+        ("/set humor 11", "no setting 'humor'"), ("/set top_k many", "must be a number"),
+        ("/set temperature -3", "temperature is -3"), ("/set top_p 0", "top_p is 0"),
+        ("/help", "Ctrl-C stops the model"), ("/sing", "no command /sing"),
+    ):  # fmt: skip
+        t.send(typed + "\n")
+        t.wait_for(said)
+        t.wait_for("> ")
+    t.send("/set temperature 0.8\n")
+    t.wait_for("> ")
+    t.send("/set\n")
+    t.wait_for("temperature 0.8")
+    t.wait_for("> ")
+    t.send('"' * 3 + "\nnever closed\n\x04")  # end of input inside a block
+    assert t.end() == 0
+
+
+def test_ctrl_c_while_several_lines_are_typed(terminal):
+    t = terminal("--max-tokens", "3")
+    t.wait_for("> ")
+    t.send('"' * 3 + "\n")
+    t.wait_for(". ")
+    t.send("thrown away\n")
+    t.wait_for(". ")
+    t.send("\x03")
+    t.wait_for("Ctrl-D ends")
+    t.wait_for("> ")
+    t.send("/history\n")
+    assert "thrown away" not in t.wait_for("> ")
+    t.send("/quit\n")
+    assert t.end() == 0
+
+
+def test_a_terminal_that_closes_during_an_answer(terminal, endless):
+    t = terminal("--checkpoint", str(endless), "--max-tokens", "1000000")
+    t.wait_for("> ")
+    t.send("The cat\n")
+    t.wait_for("The cat")
+    time.sleep(1)
+    os.close(t.fd)
+    assert ended(t.pid), "still running"
+
+
 @pytest.fixture
 def endless(place):
     "A checkpoint whose model never ends a text: every logit is equal, but for that of the end."
@@ -434,13 +487,18 @@ def test_a_terminal_that_closes_ends_the_program(terminal):
     t = terminal("--max-tokens", "5")
     t.wait_for("> ")
     os.close(t.fd)
-    deadline = time.time() + 30
+    assert ended(t.pid), "still running"
+
+
+def ended(pid, seconds=30):
+    "Wait for a process; one that goes on is killed."
+    deadline = time.time() + seconds
     while time.time() < deadline:
-        if os.waitpid(t.pid, os.WNOHANG)[0]:
-            return
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
         time.sleep(0.05)
-    os.kill(t.pid, signal.SIGKILL)
-    raise AssertionError("still running")
+    os.kill(pid, signal.SIGKILL)
+    return False
 
 
 def test_model_table(place):

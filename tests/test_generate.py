@@ -91,13 +91,61 @@ def test_draws_pass_chi_square(s):
     logits = G.shape_logits(mx.array(np.log(PROBS).astype(np.float32))[None], s)
     got = G.draw(mx.broadcast_to(logits, (n, 6)), mx.array(G.uniforms(7, 0, n)))
     counts = np.bincount(np.array(got), minlength=6)
+    if (want > 0).sum() > 1:
+        assert chi_square(counts, want) < 4
+    else:
+        assert counts[want > 0] == n
+
+
+def chi_square(counts, want):
+    "How many standard deviations too large (Wilson-Hilferty: the cube root is nearly normal)."
     alive = want > 0
     assert counts[~alive].sum() == 0
+    n, k = counts.sum(), alive.sum() - 1
     chi2 = ((counts - n * want)[alive] ** 2 / (n * want[alive])).sum()
-    k = alive.sum() - 1  # Wilson-Hilferty: (chi2/k)^(1/3) is nearly normal; 4 sigma
-    if k:
-        z = ((chi2 / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
-        assert z < 4
+    return ((chi2 / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
+def test_penalized_draws_pass_chi_square(penalty):
+    z, seen, n = np.array([1.5, 0.5, -0.2, -1.0, 0.0, 2.0]), np.array([1, 0, 1, 1, 0, 0], bool), 40_000
+    bent = [v if not s else v / penalty if v > 0 else v * penalty for v, s in zip(z, seen)]
+    s = Sampling(temperature=0.8, top_k=5, repetition_penalty=penalty)
+    want = reference(np.exp(bent), s)
+    logits = G.shape_logits(mx.array(z.astype(np.float32))[None], s, mx.array(seen)[None])
+    got = G.draw(mx.broadcast_to(logits, (n, 6)), mx.array(G.uniforms(3, 0, n)))
+    assert chi_square(np.bincount(np.array(got), minlength=6), want) < 4
+
+
+@pytest.mark.parametrize("over", ["rows", "seeds"])
+def test_texts_pass_chi_square(over, tok, model):
+    "The first token of many texts, by rows of one call and by seeds of many calls."
+    n, s = 3000 if over == "rows" else 400, Sampling(max_tokens=1, temperature=0.7, top_p=0.9, top_k=12)
+    z = np.array(model(mx.array([[tok.eot_id, *tok.encode("the")]]))[0, -1, : tok.vocab_size])
+    want = reference(np.exp(np.float64(z) - z.max()), s)
+    if over == "rows":
+        outs = generate_batch(model, tok, ["the"] * n, sampling=s, logprobs=True)
+    else:
+        outs = [generate(model, tok, "the", s, seed=i) for i in range(n)]
+    first = [o.ids[0] if o.ids else tok.eot_id for o in outs]
+    counts = np.bincount(first, minlength=tok.vocab_size)
+    assert (want > 0).sum() > 3 and chi_square(counts, want) < 4
+
+
+def test_greedy_ignores_what_cannot_matter(tok, model):
+    plain = generate(model, tok, "the", max_tokens=20, temperature=0)
+    bent = generate(model, tok, "the", max_tokens=20, temperature=0, top_k=3, top_p=0.5, min_p=0.9)
+    assert plain.ids == bent.ids
+    shown = generate(model, tok, "the", max_tokens=20, temperature=0, logprobs=True)
+    assert shown.ids == plain.ids
+    penal = generate(model, tok, "the", max_tokens=20, temperature=0, repetition_penalty=1.8)
+    assert penal.ids != plain.ids and penal.ids == naive_greedy(model, tok, "the", 20, 1.8)
+
+
+def naive_greedy(model, tok, prompt, n, penalty):
+    s = Sampling(max_tokens=n, temperature=0, repetition_penalty=penalty)
+    ids, _ = naive(model, [tok.eot_id, *tok.encode(prompt)], s, vocab=tok.vocab_size)
+    return ids[: ids.index(tok.eot_id)] if tok.eot_id in ids else ids
 
 
 def test_draw_never_leaves_the_support():

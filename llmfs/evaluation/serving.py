@@ -79,6 +79,8 @@ def _wait_for(url, run, log, seconds):
         try:
             with urlopen(url, timeout=5):
                 return
+        except HTTPError:  # it answers, but its model could not be loaded
+            break
         except OSError:
             time.sleep(0.1)
     lines = Path(log).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
