@@ -371,7 +371,7 @@ def _alarm(seconds, words):
 # %% ../../nbs/03f_training.distributed.ipynb #edb2b538
 def join_ranks(
     kind=None,  # a class made from a group; None: Ranks
-    patience: float = 120.0,  # seconds to wait for the others
+    patience: float = 60.0,  # seconds to wait for the others
 ) -> OneProcess:  # or of that kind, where a launcher started several processes
     "The processes of this run. Raises ValueError where they do not find each other"
     rank, size = launched()
