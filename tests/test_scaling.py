@@ -80,6 +80,15 @@ def test_no_descent_from_anywhere_finds_a_better_fit():
     assert min(tried) >= best * (1 - 1e-6)
 
 
+def test_a_run_that_went_wrong_pulls_with_bounded_force():
+    y = disturbed(np.random.default_rng(0), made_up(N, D) - 1.2, 0.02)
+    y[-1] = 1.2 + 8 * (y[-1] - 1.2)
+    squares, bounded = (fit_law(y, 1.2, 20, delta=d, params=N, tokens=D) for d in (1e9, 0.05))
+    off = [abs(np.log((law(params=1e8, tokens=1e9) - 1.2) / (made_up(1e8, 1e9) - 1.2)))
+           for law in (squares, bounded)]  # fmt: skip
+    assert off[1] < 0.1 < 3 * off[1] + 0.1 < off[0]
+
+
 # Intervals --------------------------------------------------------------------------------
 
 

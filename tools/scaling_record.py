@@ -18,7 +18,7 @@ from llmfs.evaluation.scaling import fit_law
 
 import numpy as np
 
-SHARE, DRAWS = 0.9, 1000
+SHARE, DRAWS, DELTA = 0.9, 1000, 0.2
 SIZES = ("params", "body_params", "tokens", "flops")
 REACHED = ("loss", "loss_error", "bits_per_byte", "bits_error", "floor", "ratio", "ratio_error", "curve")
 
@@ -54,10 +54,10 @@ def predict(runs: list[dict], size: dict, stories: bool, params: str, least_toke
     fit = used(runs, least_tokens)
     loss, floor = measure(fit, stories)
     columns = {name: np.array([r[key] for r in fit]) for name, key in (("params", params), ("tokens", "tokens"))}
-    law = fit_law(loss, floor, DRAWS, **columns)
+    law = fit_law(loss, floor, DRAWS, delta=DELTA, **columns)
     where = law.interval(SHARE, params=size[params], tokens=size["tokens"])
     return dict(
-        of="ratio" if stories else "bits_per_byte", params=params, least_tokens=least_tokens, share=SHARE,
+        of="ratio" if stories else "bits_per_byte", params=params, least_tokens=least_tokens, share=SHARE, delta=DELTA,
         runs=len(fit), size={k: size[k] for k in SIZES}, low=rounded(where.low), middle=rounded(where.middle),
         high=rounded(where.high), floor=rounded(law.floor), exponent={k: rounded(v) for k, v in law.exponent.items()},
         scale={k: rounded(v) for k, v in law.scale.items()}, spread=rounded(law.spread))  # fmt: skip

@@ -265,6 +265,8 @@ def sweep(runs: list[dict], out: Path, data: Path, workers: int = 1, budget: flo
         if run["corpus"] == "stories":
             made = stories_files(data, run["n_stories"], run["vocab_size"], os.cpu_count() if workers > 1 else 1)
             run["path"] = str(made)
+    for path in {run["path"] for run in todo}:
+        open_corpus(path)  # says at once where a file is missing
     say(f"{time.time() - start:.0f} s: texts ready")
     for run, result in results(todo, workers, start + budget):
         try:

@@ -42,26 +42,29 @@ def _step(theta, shares, logs, error, weights, damping):
     new[:, K : 2 * K] = np.clip(new[:, K : 2 * K], *_EXPONENTS)
     return new
 
-# %% ../../nbs/04b_evaluation.scaling.ipynb #b818989e
-def _descend(theta, logs, y, weights, rounds=40):
-    "Fits after some rounds, and the weighted sum of squares of each."
+# %% ../../nbs/04b_evaluation.scaling.ipynb #0c856ba1
+def _look(theta, logs, y, weights, delta):
+    "Share of each term in each run, deviations, their weights, and what a fit costs."
+    terms = _terms(theta, logs)
+    f = _log_sum(terms)
+    error, size = f - y, np.abs(f - y)
+    pull = weights * np.minimum(1, delta / np.maximum(size, 1e-12))
+    cost = np.where(size <= delta, size**2, delta * (2 * size - delta))
+    return np.exp(terms - f[..., None]), error, pull, (weights * cost).sum(-1)
 
-    def at(theta):
-        terms = _terms(theta, logs)
-        f = _log_sum(terms)
-        return np.exp(terms - f[..., None]), f - y, (weights * (f - y) ** 2).sum(-1)
-
-    shares, error, cost = at(theta)
-    damping = np.full(len(theta), 1e-2)
+# %% ../../nbs/04b_evaluation.scaling.ipynb #b21be3a9
+def _descend(theta, logs, y, weights, delta=1e9, rounds=40):
+    "Fits after some rounds, and what each costs."
+    here, damping = _look(theta, logs, y, weights, delta), np.full(len(theta), 1e-2)
     for _ in range(rounds):
-        new = _step(theta, shares, logs, error, weights, damping)
-        tried = at(new)
-        better = tried[2] <= cost
+        shares, error, pull, cost = here
+        new = _step(theta, shares, logs, error, pull, damping)
+        there = _look(new, logs, y, weights, delta)
+        better = there[-1] <= cost
         pick = lambda a, b: np.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-        theta = pick(new, theta)
-        shares, error, cost = map(pick, tried, (shares, error, cost))
+        theta, here = pick(new, theta), tuple(map(pick, there, here))
         damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-9, 1e6)
-    return theta, cost
+    return theta, here[-1]
 
 # %% ../../nbs/04b_evaluation.scaling.ipynb #a5f1150f
 def _starts(loss, K, free):
@@ -177,12 +180,13 @@ def _logs(names, sizes):
             raise ValueError(f"{name} must be positive and finite in every run")
     return np.log(np.stack([a.ravel() for a in arrays], 1)), arrays[0].shape
 
-# %% ../../nbs/04b_evaluation.scaling.ipynb #62d25713
+# %% ../../nbs/04b_evaluation.scaling.ipynb #4c831903
 def fit_law(
     loss,  # (n,) one number a run, in any unit
     floor: float | None = None,  # the least possible loss in that unit; None: fit it
     draws: int = 200,  # resampled fits, for intervals
     seed: int = 0,  # of the resampling
+    delta: float = 1e9,  # logarithmic deviations beyond it pull with bounded force
     **sizes,  # (n,) each: params=..., tokens=..., or flops=...
 ) -> Law:
     "Fit floor + sum of scale / size ** exponent. Raises ValueError for runs that won't do."
@@ -192,20 +196,20 @@ def fit_law(
     mid = logs.mean(0)
     logs, y = logs - mid, np.log(loss - (floor or 0.0))
     start = _starts(np.exp(y), len(names), floor is None)
-    ends, cost = _descend(start, logs, y, np.ones((len(start), len(y))), 100)
+    ends, cost = _descend(start, logs, y, np.ones((len(start), len(y))), delta, 100)
     theta = ends[cost.argmin()]
     errors = y - _log_sum(_terms(theta[None], logs))[0]
-    again = _resampled(theta, logs, y, draws, seed)
+    again = _resampled(theta, logs, y, draws, seed, delta)
     n, P = len(y), len(theta)
     return Law(names, floor, theta, again, mid, errors * np.sqrt(n / (n - P)))
 
-# %% ../../nbs/04b_evaluation.scaling.ipynb #0e4b242c
-def _resampled(theta, logs, y, draws, seed):
+# %% ../../nbs/04b_evaluation.scaling.ipynb #7b67ed45
+def _resampled(theta, logs, y, draws, seed, delta):
     "The fits of runs drawn from the runs: (draws, P)."
     n = len(y)
     picks = np.random.default_rng(seed).integers(0, n, (draws, n))
     weights = np.stack([np.bincount(p, minlength=n) for p in picks]).astype(float)
-    return _descend(np.repeat(theta[None], draws, 0), logs, y, weights)[0]
+    return _descend(np.repeat(theta[None], draws, 0), logs, y, weights, delta)[0]
 
 # %% ../../nbs/04b_evaluation.scaling.ipynb #f1d141a3
 def _check_runs(loss, floor, names, logs):
