@@ -3,8 +3,8 @@
 A model with random weights is exported; llmfs and mlx-lm load that folder and write the same
 number of tokens from the same prompts, turn about in one process: greedily, and drawn at
 temperature 1. The rate is new tokens a second of the whole call: prefill, decoding, text.
-`--record FILE` leaves what was measured, one entry a machine and precision; the chapter on
-serving prints it. `--merge FILE` adds the entries of another machine's record and measures
+`--record FILE` leaves what was measured, one entry a machine and precision, case by case; the
+chapter on serving prints it. `--merge FILE` adds the entries of another machine's record and measures
 nothing. Where mlx-lm is missing, llmfs is measured alone.
 """
 
@@ -209,12 +209,18 @@ def line(row: dict) -> str:
 
 
 def add_entries(path: Path, entries: list[dict]) -> None:
-    "Each entry replaces that of the same machine and precision."
-    key = lambda e: (e["backend"], e["chip"], e["precision"])
+    "A row replaces that of the same case on the same machine with the same versions."
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    new = {key(e): e for e in old + entries}
+    same = ("backend", "chip", "precision", "versions")
+    case = lambda row: (row["model"], row["batch"], row["temperature"])
+    for entry in entries:
+        for there in [e for e in old if all(e[k] == entry[k] for k in same)]:
+            rows = {case(row): row for row in there["rows"] + entry["rows"]}
+            entry = entry | {"rows": list(rows.values())}
+        machine = [entry[k] for k in same[:3]]
+        old = [e for e in old if [e[k] for k in same[:3]] != machine] + [entry]
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(list(new.values()), indent=1, ensure_ascii=False)
+    text = json.dumps(old, indent=1, ensure_ascii=False)
     text = re.sub(r"\[\s+([\d., \n-]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     path.write_text(text + "\n", encoding="utf-8")
 
