@@ -17,6 +17,7 @@ import landing  # noqa: E402
 import measured  # noqa: E402
 import nbdev_reader  # noqa: E402
 import terms  # noqa: E402
+from docutils import nodes  # noqa: E402
 
 project = "llmfs"
 author = "the llmfs authors"
@@ -184,6 +185,14 @@ def plain_types(app, what, name, obj, options, signature, returns):
     return signature, returns
 
 
+def name_corners(app, doctree):
+    "A table's empty corner gets a word for those who listen to the page."
+    for head in doctree.findall(nodes.thead):
+        for entry in head.findall(nodes.entry):
+            if not entry.astext().strip():
+                entry += nodes.raw("", '<span class="visually-hidden">row</span>', format="html")
+
+
 def drop_empty_parts(app, docname, content):
     "A part of the book that has no chapters yet does not appear in the contents."
     if docname == "index":
@@ -211,21 +220,22 @@ def repository_links(app, path, parent, content):
         label, link = match.groups()
         if re.match(r"[a-z]+:|#", link):
             return match[0]
-        chapter = re.fullmatch(r"nbs/([\w./-]+)\.ipynb", link)
-        if chapter and (REPO / link).exists():
-            return f"[{label}]({chapter[1]}.ipynb)"
+        page = re.fullmatch(r"nbs/([\w./-]+\.(?:ipynb|md))", link)
+        if page and (REPO / link).exists():
+            return f"[{label}]({page[1]})"
         return f"[{label}]({GITHUB}/blob/main/{link})"
     content[0] = re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", target, content[0])
 
 
 def setup(app):
     # A change of these reads all chapters again, where only changed chapters are read otherwise.
-    app.add_config_value("reader_source", "".join((HERE / f"{n}.py").read_text() for n in ("nbdev_reader", "measured", "terms")), "env")
+    app.add_config_value("reader_source", "".join((HERE / f"{n}.py").read_text() for n in ("conf", "nbdev_reader", "measured", "terms", "landing")), "env")
     app.add_config_value("reader_solutions", nbdev_reader.SOLUTIONS, "env")
     app.connect("builder-inited", write_pages)
     app.connect("env-get-outdated", outdated_api)
     app.connect("autodoc-process-signature", plain_types)
     app.connect("autodoc-process-docstring", document_parameters)
+    app.connect("doctree-read", name_corners)
     app.connect("source-read", drop_empty_parts)
     app.connect("source-read", numbers_of_records)
     app.connect("include-read", readme)

@@ -1,5 +1,6 @@
 """README and the chapters' map: their numbers are the record's, and every chapter is on the map."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parent.parent
-README = (REPO / "README.md").read_text(encoding="utf-8")
+README = re.sub(r"\[([^\[\]]+)\]\([\w/]*results/[^)#]+#[^)]+\)", r"\1",  # keys as the numbers they show
+                (REPO / "README.md").read_text(encoding="utf-8"))
 RECORD = json.loads((REPO / "nbs/results/quickstart.json").read_text(encoding="utf-8"))
-RESULT = README[README.index("!["):README.index("## Two commands")]
-CHAPTERS = sorted(p.stem for p in (REPO / "nbs").glob("[0-9]*.ipynb"))
+RESULT = README[README.index("A story that"):README.index("## Two commands")]
+CHAPTERS = sorted(p.relative_to(REPO / "nbs").with_suffix("").as_posix()
+                  for p in (REPO / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
 def printed():
@@ -38,19 +41,30 @@ def test_every_number_of_the_result_is_the_records():
     known |= {f"{run['seconds'] / 60:.1f}"}
     assert set(re.findall(r"\d+\.\d+%?", RESULT)) == known
     q = RECORD["settings"]
-    assert f"on {q['n_eval']:,} stories" in RESULT and f"Of {q['n_samples']} stories" in RESULT
+    assert f"On {q['n_eval']:,} stories" in RESULT and f"Of {q['n_samples']} stories" in RESULT
     assert RECORD["device"] in RESULT
     assert "makes none that pass" in RESULT and made["ngram"]["accepted"] == 0
     assert "within one percent" in RESULT and bits["model_ratio"] < 1.01
 
 
-def test_the_story_is_one_of_the_record():
-    story = re.search(r"^> (.+)$", RESULT, re.M)[1]
-    assert story == RECORD["samples"]["stories"][2]
+def test_the_picture_of_the_story_is_the_records():
+    picture, story = (REPO / "nbs/images/story.svg").read_text(encoding="utf-8"), RECORD["story"]
+    shown = re.findall(r'font-size="15">([^<]+)<', picture)
+    assert [html.unescape(w) for w in shown] == [w.strip() for w in story["words"]]
+    shares = [float(x.rstrip("%")) / 100 for x in re.findall(r'font-size="11">([^<]+)<', picture)]
+    assert all(abs(p - 2**-b) < 0.006 for p, b in zip(shares, story["bits_per_word"], strict=True))
+    assert "".join(story["words"]) == RECORD["samples"]["stories"][0]
+
+
+def test_what_is_said_of_the_story_is_so():
+    priced = [(w.strip(" .,\""), 2**-b) for w, b in zip(RECORD["story"]["words"], RECORD["story"]["bits_per_word"])]
+    for word in re.search(r"choices such as ([\w ,]+) stand", RESULT)[1].replace(" and", ",").split(", "):
+        first, *later = [p for w, p in priced if w == word]
+        assert 0.05 <= first <= 0.2 and all(p >= 0.985 for p in later), word
 
 
 def test_the_picture_was_drawn_from_the_record():
-    path = re.search(r"!\[[^]]+\]\(([^)]+)\)", RESULT)[1]
+    path = re.search(r"!\[[^]]+\]\(([^)]*quickstart.svg)\)", RESULT)[1]
     bits = RECORD["bits_per_byte"]
     claim = re.search(r"<dc:description>(.+)</dc:description>", (REPO / path).read_text())[1]
     assert re.findall(r"\d\.\d+", claim) == [f"{bits[k]:.4f}" for k in ("model", "floor", "ngram")]
@@ -75,5 +89,5 @@ def test_the_losses_end_where_the_results_say():
 @pytest.mark.parametrize("where", ["README.md", "nbs/00a_overview.ipynb"])
 def test_every_chapter_is_on_the_map(where):
     text = (REPO / where).read_text(encoding="utf-8")
-    on_map = set(re.findall(r"\]\((?:nbs/)?(\d[\w.]+)\.ipynb\)", text))
-    assert on_map == set(CHAPTERS), where
+    on_map = set(re.findall(r"\]\((?:nbs/)?((?:experiments/)?\w[\w.-]+)\.ipynb\)", text))
+    assert on_map == set(CHAPTERS), (where, on_map ^ set(CHAPTERS))

@@ -31,12 +31,15 @@ SEARCHES = {"perplexity": "evaluation.metrics", "grouped-query attention": "02b_
 
 THEME = "m => { document.documentElement.dataset.theme = m; document.documentElement.dataset.mode = m }"
 LOADED = "() => performance.getEntriesByType('navigation')[0].duration / 1000"
-# Tokens of code repeat thousands of times: one of a kind and colour is looked at.
-REPEATED = """() => { const seen = new Set(); for (const e of document.querySelectorAll('pre span')) {
-  const box = e.closest('div[class]'), key = e.className + '|' + box.className + getComputedStyle(e).color;
-  if (seen.has(key)) e.dataset.seen = 1; else { seen.add(key); delete e.dataset.seen } } }"""
-AXE = """rules => axe.run({exclude: [['mjx-container'], ['[data-seen]']]},
-  Object.assign({resultTypes: ['violations']}, rules)).then(r => r.violations.map(v =>
+# Tokens of code repeat thousands of times: one of a kind and colour in a kind of box stays, others become text.
+# Formulas are MathJax's to make accessible, and its own texts for listeners are not looked at.
+SIMPLER = """() => { const seen = new Set(); document.querySelectorAll('mjx-container').forEach(e => e.remove());
+  for (const e of [...document.querySelectorAll('pre span')]) {
+    if (e.querySelector('a') || e.parentElement.closest('span.sig-name')) continue;
+    const key = e.className + '|' + e.closest('div[class]').className;
+    if (seen.has(key)) e.replaceWith(...e.childNodes); else seen.add(key) }
+  document.querySelectorAll('pre').forEach(e => e.normalize()) }"""
+AXE = """rules => axe.run(Object.assign({resultTypes: ['violations']}, rules)).then(r => r.violations.map(v =>
   [v.id, v.nodes.length, v.nodes[0].target.join(' '), v.nodes[0].html.slice(0, 160)]))"""
 # What is wider than the page, and not inside an element that scrolls by itself.
 WIDE = """() => { const w = document.documentElement.clientWidth, found = [];
@@ -101,7 +104,6 @@ class Browser:
         self.page.screenshot(path=SHOTS / f"{name.replace('/', '.')}.png")
 
     def violations(self, rules: dict) -> list:
-        self.page.evaluate(REPEATED)
         return self.page.evaluate(AXE, rules)
 
 
@@ -117,20 +119,21 @@ def check(browser: Browser, page: Path, pictures: bool = True) -> tuple[list[str
     if seconds > SECONDS:
         bad.append(f"took {seconds:.2f} s to load")
     browser.settle()
+    tab.add_style_tag(content="* { transition: none !important }")  # else colours are judged on their way
+    for size, shape in ((PHONE, "phone"), (DESKTOP, "desktop")):
+        tab.set_viewport_size(size)
+        for mode in ("light", "dark") if pictures else ():
+            tab.evaluate(THEME, mode)
+            browser.shot(f"{name}.{shape}.{mode}")
+        if size is PHONE:
+            bad += [f"phone: wider than the page: {x}" for x in tab.evaluate(WIDE)]
+    tab.evaluate(SIMPLER)
     tab.evaluate(browser.axe)
     everything, colours = {}, {"runOnly": ["color-contrast", "link-in-text-block"]}
     for mode, rules in (("light", everything), ("dark", colours)):
         tab.evaluate(THEME, mode)
         found = browser.violations(rules)
-        bad += [f"{mode}: axe {rule} ({n}): {where}  {html}" for rule, n, where, html in found]
-        if pictures:
-            browser.shot(f"{name}.desktop.{mode}")
-    tab.set_viewport_size(PHONE)
-    for mode in ("light", "dark"):
-        tab.evaluate(THEME, mode)
-        if pictures:
-            browser.shot(f"{name}.phone.{mode}")
-    bad += [f"phone: wider than the page: {x}" for x in tab.evaluate(WIDE)]
+        bad += [f"{mode}: axe {rule} ({n}): {where}  {' '.join(html.split())}" for rule, n, where, html in found]
     bad += [f"asks for {x}" for x in browser.asked] + [f"script error: {x}" for x in browser.errors]
     return [f"{name}: {x}" for x in bad], seconds
 
