@@ -9,6 +9,7 @@ __all__ = ['exp', 'sigmoid', 'causal_mask', 'attend', 'KVCache', 'Attention']
 import math
 
 from .embedding import Rope
+from .heads import fits_kernel, split_heads
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -215,17 +216,9 @@ class _Projections(nn.Module):
             self.q_norm = nn.RMSNorm(K, eps=norm_eps)
             self.k_norm = nn.RMSNorm(K, eps=norm_eps)
 
-# %% ../../nbs/02b_model.attention.ipynb #d8abf5d2
-class Attention(_Projections):
-    "Multi-head causal self-attention with shared key/value heads."
-
-    def __call__(
-        self,
-        x: mx.array,  # (B, L, D)
-        mask: mx.array | str | None = "causal",  # who may look at whom, never ahead
-        cache: KVCache | None = None,  # keys and values of earlier calls
-    ) -> mx.array:  # (B, L, D)
-        "Let every position gather from the positions that it may look at."
+# %% ../../nbs/02b_model.attention.ipynb #7931012c
+class _Heads(_Projections):
+    def _step_by_step(self, x, cache):
         B, L, D = x.shape
         H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
         q = self.q_proj(x).reshape(B, L, H, K)
@@ -239,5 +232,31 @@ class Attention(_Projections):
             q, k = self.rope(q, offset), self.rope(k, offset)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, G, S, K)
+        return q, k, v
+
+    def _in_one_pass(self, x):
+        w = mx.concatenate([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        norms = (self.q_norm, self.k_norm) if "q_norm" in self else ()
+        scales = tuple(norm.weight for norm in norms) or None
+        eps = norms[0].eps if norms else 0.0
+        return split_heads(x @ w.T, self.n_heads, self.n_kv_heads, scales, eps, self.rope)
+
+# %% ../../nbs/02b_model.attention.ipynb #d8abf5d2
+class Attention(_Heads):
+    "Multi-head causal self-attention with shared key/value heads."
+
+    def __call__(
+        self,
+        x: mx.array,  # (B, L, D)
+        mask: mx.array | str | None = "causal",  # who may look at whom, never ahead
+        cache: KVCache | None = None,  # keys and values of earlier calls
+    ) -> mx.array:  # (B, L, D)
+        "Let every position gather from the positions that it may look at."
+        if cache is None and fits_kernel(self.head_dim, self.rope) and "bias" not in self.q_proj:
+            q, k, v = self._in_one_pass(x)
+        else:
+            q, k, v = self._step_by_step(x, cache)
         out = attend(q, k, v, mask, causal=True)  # (B, H, L, K)
+        B, H, L, K = out.shape
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, H * K))
+

@@ -177,7 +177,7 @@ def flops_per_token(
     return forward * (3 if training else 1)
 
 # %% ../../nbs/02c_model.transformer.ipynb #06ff8c5f
-def _floats_per_token(cfg, L, fused):
+def _floats_per_token(cfg, L, fused, recompute=False):
     D, F, V = cfg.d_model, cfg.d_ff, cfg.vocab_size
     HK, GK = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     heads = (7 if cfg.qk_norm else 5) * HK + 4.5 * GK
@@ -185,7 +185,10 @@ def _floats_per_token(cfg, L, fused):
     scores = 0 if fused else cfg.n_heads * L * (0.65 if L > 128 else 0.95)
     passing = 16 * D + 3.4 * F + (0 if fused else cfg.n_heads * L)
     logits = (2 if fused else 3.5) * V
-    return cfg.n_layers * (4 * D + heads + wide + scores) + passing + logits
+    layer = 4 * D + heads + wide + scores
+    if recompute:
+        return cfg.n_layers * 4.4 * D + 1.3 * (layer + passing) + logits
+    return cfg.n_layers * layer + passing + logits
 
 # %% ../../nbs/02c_model.transformer.ipynb #741ceae3
 class Memory(NamedTuple):
@@ -196,7 +199,7 @@ class Memory(NamedTuple):
     optimizer: int  # optimizer state
     activations: int  # kept from the forward pass for the backward pass
     cache: int  # keys and values while decoding
-    total: int  # peak: once activations are gone, the update needs room for new weights
+    total: int  # peak: of the backward pass or of the update, whichever is larger
 
 # %% ../../nbs/02c_model.transformer.ipynb #36b9b710
 def memory_bytes(
@@ -208,6 +211,7 @@ def memory_bytes(
     activation_bytes: int = 4,  # bytes an activation
     optimizer_slots: int = 2,  # float32 arrays a parameter: AdamW 2, Muon 1
     fused: bool | None = None,  # kernels that keep no scores, as on CUDA; None: here
+    recompute: bool = False,  # keep what goes into a layer and compute the rest again
 ) -> Memory:
     "Memory of a training step, or of decoding to `seq_len`."
     L = cfg.max_seq_len if seq_len is None else seq_len
@@ -217,7 +221,8 @@ def memory_bytes(
         cache = 2 * cfg.n_layers * T * cfg.n_kv_heads * cfg.head_dim * activation_bytes
         return Memory(weights, 0, 0, 0, cache, weights + cache)
     fused = mx.cuda.is_available() if fused is None else fused
-    activations = int(T * _floats_per_token(cfg, L, fused) * activation_bytes)
-    optimizer = P * 4 * optimizer_slots
-    total = 2 * weights + optimizer + max(activations, weights)
-    return Memory(weights, weights, optimizer, activations, 0, total)
+    floats = _floats_per_token(cfg, L, fused, recompute)
+    activations, optimizer = int(T * floats * activation_bytes), P * 4 * optimizer_slots
+    copy = P * activation_bytes if activation_bytes < 4 else 0  # the one that computes
+    step = weights + copy + optimizer + max(activations, weights)
+    return Memory(weights, weights, optimizer, activations, 0, max(step, 28 * P))
