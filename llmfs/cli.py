@@ -6,7 +6,8 @@
 __all__ = ['Text', 'Names', 'Files', 'Int', 'Float', 'Name', 'Tok', 'FLAGS', 'COMMANDS', 'FULL', 'Command', 'QuickstartCommand',
            'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'ranks_for', 'warn_of_shape', 'load',
            'Generate', 'read_stdin', 'talk', 'write_json_lines', 'write_texts', 'Evaluate', 'evaluate_all',
-           'show_measures', 'TestModel', 'Export', 'Import', 'fold_box', 'UsageError', 'parse', 'describe', 'main']
+           'show_measures', 'TestModel', 'Export', 'Import', 'Book', 'fold_box', 'UsageError', 'parse', 'describe',
+           'main']
 
 # %% ../nbs/06b_cli.ipynb #065ac654
 import contextlib
@@ -459,6 +460,30 @@ class Import(Command):
         self.say(f"{self.out}: {cfg.n_layers} layers, {cfg.vocab_size:,} tokens")
         self.result({"path": self.out, "config": cfg.to_dict(), "notes": notes})
 
+# %% ../nbs/06b_cli.ipynb #c3b0615d
+@dataclass(frozen=True, kw_only=True)
+class Book(Command):
+    "Open the built book in a browser."
+
+    folder: str = ""  # of the rendered pages; empty: book/_site of the repository around
+
+    def run(self) -> None:
+        import webbrowser
+
+        import llmfs
+
+        around = [Path.cwd(), *Path.cwd().parents, Path(llmfs.__file__).parents[1]]
+        places = [Path(self.folder)] if self.folder else [p / "book/_site" for p in around]
+        page = next((p / "index.html" for p in places if (p / "index.html").is_file()), None)
+        if page is None:
+            where = self.folder or "book/_site"
+            raise FileNotFoundError(
+                f"{where} holds no built book: run `make book` in a clone of the repository"
+            )
+        shown = webbrowser.open(page.resolve().as_uri())
+        self.say(f"{page}" if shown else f"no browser here; the book is {page.resolve()}")
+        self.result({"path": str(page.resolve()), "opened": shown})
+
 # %% ../nbs/06b_cli.ipynb #2e2a8947
 def fold_box(
     text: str,  # what tyro printed
@@ -489,6 +514,7 @@ COMMANDS = {
     "test-model": TestModel,
     "export": Export,
     "import": Import,
+    "book": Book,
 }
 
 
