@@ -73,7 +73,7 @@ class Family(NamedTuple):
     keys: dict  # their key in config.json: our field
     write: Callable  # our config -> more keys of config.json
     read: Callable  # config.json -> more fields of our config
-    split: Callable  # name and weight of ours -> {name: weight} of theirs, without "model."
+    split: Callable  # name, weight, all weights of ours -> {name: weight} without "model."
     join: Callable  # our name, and a function that gives theirs by name -> our weight
 
 
@@ -162,7 +162,7 @@ def _refuse_foreign(config):
             hint = f" (only {known[0]!r})" if known else ""
             raise PretrainedError(f"{key}={value!r} is not a model of ours{hint}")
     for kind in config.get("layer_types") or ():
-        if kind != "full_attention":
+        if kind not in ("full_attention", "attention"):
             raise PretrainedError(
                 f"layer_types holds {kind!r}, only 'full_attention' is ours"
             )
@@ -268,7 +268,7 @@ def to_theirs(
     "Our weights under the names, and in the layout, of a shape."
     if shape in _FAMILIES:
         split = _FAMILIES[shape].split
-        weights = {n: v for name, w in weights.items() for n, v in split(name, w).items()}
+        weights = {n: v for name, w in weights.items() for n, v in split(name, w, weights).items()}
     out = {}
     for name, w in weights.items():
         theirs, part = _theirs(name, shape)
