@@ -6,8 +6,8 @@
 __all__ = ['Text', 'Names', 'Files', 'Int', 'Float', 'Name', 'Tok', 'FLAGS', 'COMMANDS', 'FULL', 'Command', 'QuickstartCommand',
            'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'ranks_for', 'warn_of_shape', 'load',
            'Generate', 'read_stdin', 'talk', 'write_json_lines', 'write_texts', 'Evaluate', 'evaluate_all',
-           'show_measures', 'TestModel', 'Export', 'Import', 'Book', 'fold_box', 'UsageError', 'parse', 'describe',
-           'main']
+           'show_measures', 'TestModel', 'Export', 'Import', 'Book', 'Check', 'fold_box', 'UsageError', 'parse',
+           'describe', 'main']
 
 # %% ../nbs/06b_cli.ipynb #065ac654
 import contextlib
@@ -146,7 +146,7 @@ FLAGS = "max_steps max_minutes batch_size seq_len optimizer lr muon_lr eval_ever
 class Train(Command):
     "Train a model on what lies in data/, or on your own text."
 
-    model_size: str = "tiny"  # preset: tiny 50m 124m 500m 1b 3b
+    model_size: str = "tiny"  # preset: tiny 50m 124m 500m 1b 3b, moe-tiny moe-124m moe-500m moe-1b
     text: Text = ()  # your own text; its last tenth is held back for validation
     data: str = "data"  # folder with train.txt, validation.txt, tokenizer.json
     tokenizer: Tok = None  # char, bpe or a tokenizer file
@@ -185,6 +185,7 @@ def trainer_for(c: Train):
     from llmfs.hardware import require_mlx
 
     require_mlx()
+    import llmfs.model.moe_files  # makes mixtures known
     from llmfs.training.prepare import continue_run, new_run
 
     ranks = ranks_for(c)
@@ -232,6 +233,7 @@ def load(
     from llmfs.hardware import require_mlx
 
     require_mlx()
+    import llmfs.model.moe_files  # makes mixtures known
     from llmfs.training.checkpoint import load_model
 
     last = Path(path).with_name("last.npz")
@@ -402,6 +404,7 @@ class TestModel(Command):
         from llmfs.hardware import require_mlx
 
         require_mlx()
+        import llmfs.model.moe_files  # makes mixtures known
         from llmfs.evaluation.report import PRESET_HEAD, measure_preset, preset_line
         from llmfs.model.transformer import PRESETS
 
@@ -438,7 +441,7 @@ class Export(Command):
 # %% ../nbs/06b_cli.ipynb #e979c149
 @dataclass(frozen=True, kw_only=True)
 class Import(Command):
-    "Read a Hugging Face folder (GPT-2, Llama, Qwen3) into a checkpoint."
+    "Read a Hugging Face folder (GPT-2, Llama, Qwen3, mixtures) into a checkpoint."
 
     folder: Annotated[str, Positional, arg(metavar="DIR")]  # config.json and safetensors
     out: str = "checkpoints/imported.npz"  # checkpoint to write
@@ -448,6 +451,7 @@ class Import(Command):
         from llmfs.hardware import require_mlx
 
         require_mlx()
+        import llmfs.model.moe_files  # makes mixtures known
         from llmfs.model.pretrained import read_pretrained
         from llmfs.training.checkpoint import save_checkpoint
 
@@ -484,6 +488,35 @@ class Book(Command):
         self.say(f"{page}" if shown else f"no browser here; the book is {page.resolve()}")
         self.result({"path": str(page.resolve()), "opened": shown})
 
+# %% ../nbs/06b_cli.ipynb #ade6c00b
+@dataclass(frozen=True, kw_only=True)
+class Check(Command):
+    "Try your answer to an exercise of the book: llmfs check 02b.3 mine.py."
+
+    answer: Annotated[tuple[str, ...], Positional, arg(metavar="NUMBER [FILE]")] = ()
+    list: bool = False  # list exercises: of a part (02), a chapter (02b), or all
+
+    def run(self) -> int:
+        from llmfs.grading import check_file, outline
+
+        number, *files = self.answer or [""]
+        if len(files) > 1 or not (number or self.list):
+            raise ValueError("say which exercise and which file: llmfs check 02b.3 mine.py")
+        if files:
+            verdict = check_file(number, files[0])
+            self.say(verdict.text)
+            self.result({"number": number, "right": verdict.right, "text": verdict.text})
+            return 0 if verdict else 1
+        found = outline(number)
+        for e in found:
+            self.say(f"{e.number:<7} {e.title:<36} {e.signature}")
+        if number and len(found) == 1:
+            self.say(f"it stands in nbs/{e.chapter}.ipynb; llmfs check {number} FILE tries an answer")
+        rows = [dict(number=e.number, title=e.title, signature=e.signature) for e in found]
+        self.result({"exercises": rows})
+        return 0
+
+
 # %% ../nbs/06b_cli.ipynb #2e2a8947
 def fold_box(
     text: str,  # what tyro printed
@@ -514,6 +547,7 @@ COMMANDS = {
     "test-model": TestModel,
     "export": Export,
     "import": Import,
+    "check": Check,
     "book": Book,
 }
 
@@ -581,10 +615,10 @@ def main(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        parse(args).run()
+        code = parse(args).run()
         if sys.stdout:  # None where it is closed
             sys.stdout.flush()
-        return 0
+        return code or 0
     except BrokenPipeError:  # the reader of a pipe has gone: llmfs ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE

@@ -505,6 +505,8 @@ def test_model_table(place):
     done = llmfs_run("test-model", "--json", "--max-params", 10_000_000, cwd=place)
     assert done.returncode == 0, done.stderr
     rows = {r["preset"]: r for r in json.loads(done.stdout)["presets"]}
-    assert list(rows) == ["tiny", "50m", "124m", "500m", "1b", "3b"]
+    mixtures = ["moe-tiny", "moe-124m", "moe-500m", "moe-1b"]
+    assert list(rows) == ["tiny", "50m", "124m", "500m", "1b", "3b", *mixtures]
     assert abs(rows["tiny"]["loss"] - 10.8) < 0.3 and rows["3b"]["loss"] is None
+    assert abs(rows["moe-tiny"]["loss"] - 10.8) < 0.3
     assert re.search(r"3b +28", done.stderr)

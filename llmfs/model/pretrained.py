@@ -56,7 +56,8 @@ def why_no_shape(
     cfg: GPTConfig,  # one without a shape
 ) -> str:  # one line
     "The fields that keep a config from the nearest shape."
-    shape = min(SHAPES, key=lambda shape: len(_differs(cfg, shape)))
+    far = lambda shape: (SHAPES[shape]["kind"] != cfg.kind, len(_differs(cfg, shape)))
+    shape = min(SHAPES, key=far)
     differs = [
         f"{k}={getattr(cfg, k)!r} ({shape}: {v!r})"
         for k, v in _differs(cfg, shape).items()
