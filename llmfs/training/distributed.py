@@ -81,10 +81,14 @@ class _Words:
     "Small things that ranks tell each other"
     def gather(self, values) -> np.ndarray:  # (N, n) float64, the same on every rank
         "A few numbers of each rank. Raises LostRank"
-        bits = np.asarray(values, np.float64).view(np.uint32)
+        self.said += 1  # a broken ring may hand out what was in memory before
+        bits = np.asarray([self.said, self.rank, *values], np.float64).view(np.uint32)
         with self.guard():
             every = mx.distributed.all_gather(mx.array(bits), group=self.group)
-            return np.array(every).view(np.float64).reshape(self.size, -1)
+            heard = np.array(every).view(np.float64).reshape(self.size, -1)
+        if (heard[:, :2] != [[self.said, r] for r in range(self.size)]).any():
+            raise LostRank(self.farewell())
+        return heard[:, 2:]
 
     def tell(self, value=None, speaker: int = 0):
         "What one rank says, as JSON, to all"
@@ -252,7 +256,7 @@ class Ranks(_Words, _Together, _News, _Sums, _Weights, OneProcess):
         bundle: int = 32 * 2**20,  # bytes of gradients in one message
     ):
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self.bundle, self.folder = bundle, None
+        self.bundle, self.folder, self.said = bundle, None, 0
         self.watch = Watch(self.farewell, patience, grace).start()
 
     def rows(self, batch_size):
@@ -260,6 +264,10 @@ class Ranks(_Words, _Together, _News, _Sums, _Weights, OneProcess):
             raise ValueError(f"a batch of {batch_size} rows cannot be shared by {self.size} "
                              f"ranks: give a multiple of {self.size}")  # fmt: skip
         return batch_size // self.size
+
+    def whole(self, model, optimizer):
+        self.wait()  # what is saved was computed while all were there
+        return model, optimizer
 
     def open_log(self, folder, n_bytes):
         return super().open_log(folder, n_bytes) if self.rank == 0 else _Silence()

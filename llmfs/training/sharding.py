@@ -13,7 +13,7 @@ import llmfs
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 # %% ../../nbs/03f_training.sharding.ipynb #d580b519
 from .distributed import Ranks
@@ -48,11 +48,12 @@ def plain(name: str) -> str:
 # %% ../../nbs/03f_training.sharding.ipynb #0d7c1e28
 class RowMuon(Muon):
     "Muon for matrices of which each rank holds some rows"
-    def _apply(self, params, grads, lr_scale):
-        new, v = AdamW._apply(self, params, grads, lr_scale), self.state["momentum"]
+    def _apply(self, params, grads, lr_scale, shrink=None, good=None):
+        new, v = AdamW._apply(self, params, grads, lr_scale, shrink, good), self.state["momentum"]
         o, lr = self.options, self.muon_lr * lr_scale
         for key, names in self.stacks:
             p, g = bundled(params, names, False), bundled(grads, names, False)
+            old, g = (p, v[key]), g if shrink is None else g * shrink
             v[key] = o["momentum"] * v[key] + g
             x = g + o["momentum"] * v[key] if o["nesterov"] else v[key]
             split = is_part(names[0]) and params[names[0]].ndim == 2
@@ -60,6 +61,8 @@ class RowMuon(Muon):
             lr_here = lr * max(1, x.shape[-2] / x.shape[-1]) ** 0.5
             x = mx.split(x, self.group.size(), axis=-2)[self.group.rank()] if split else x
             p = p * (1 - lr * self.weight_decay) - lr_here * x
+            if good is not None:
+                p, v[key] = (mx.where(good, x, y) for x, y in zip((p, v[key]), old))
             new |= unbundled(p, params, names, False)
         return new
 
@@ -99,15 +102,13 @@ class Shards(Ranks):
         loss, means = super().mean((loss, [flat[n] for n in whole]))
         return loss, tree_unflatten(list((flat | dict(zip(whole, means))).items()))
 
-    def clip(self, grads, max_norm):
+    def norm(self, grads):
         "The length counts every rank's parts, and what all hold once"
         flat = tree_flatten(grads)
         parts = global_norm([g for n, g in flat if is_part(n)])
         rest = global_norm([g for n, g in flat if not is_part(n)])
         parts = mx.distributed.all_sum(mx.square(parts), group=self.group)
-        norm = mx.sqrt(parts + mx.square(rest))
-        scale = mx.minimum(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
-        return tree_map(lambda g: g * scale, grads), norm
+        return mx.sqrt(parts + mx.square(rest))
 
 # %% ../../nbs/03f_training.sharding.ipynb #a3690caa
 class Shards(Shards):
@@ -147,6 +148,7 @@ class Shards(Shards):
         weights = {plain(n): self.collect(n, a) for n, a in parts.items()}
         state = {(slot, plain(n)): self.collect(n, a)
                  for (slot, n), a in _by_name(optimizer, parts).items()}  # fmt: skip
+        self.wait()
         if self.rank:
             return None, None
         full = copy.copy(self.full)
