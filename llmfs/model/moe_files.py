@@ -163,6 +163,7 @@ def _write_granite(cfg):
     return dict.fromkeys(_ONES, 1.0) | dict(
         intermediate_size=cfg.expert_ff, shared_intermediate_size=cfg.n_shared * cfg.expert_ff,
         layer_types=["attention"] * cfg.n_layers, position_embedding_type="rope",
+        mamba_n_heads=1,  # there is none, but transformers checks that it divides
         attention_multiplier=cfg.head_dim**-0.5, router_aux_loss_coef=cfg.aux_weight,
     )  # fmt: skip
 
