@@ -105,14 +105,14 @@ def standalone(nb: dict, name: str, version: str, solutions: bool = True) -> dic
     for cell in given:
         if cell["cell_type"] == "markdown":
             text = measured.fill(text_of(cell), labels, lambda shown, file, key: shown)
-            made.append(attach(cell | {"source": text.splitlines(True)}, folder))
+            made.append(attach(cell | {"source": text.splitlines(True), "metadata": {}}, folder))
         elif cell["cell_type"] == "code":
             text = re.sub(r"^#\|.*\n?", "", text_of(cell), flags=re.M).strip("\n")
             text = text.replace("../results/", "results/")
             if has(cell, "slow", r"eval:\s*false"):
                 text = LONG + "\n".join(f"# {x}".rstrip() for x in text.split("\n"))
             if text:
-                made.append(cell | {"source": text.splitlines(True), "execution_count": None})
+                made.append(cell | {"source": text.splitlines(True), "execution_count": None, "metadata": {}})
     first = [("markdown", install_cell(name, version, nb["cells"]))]
     if records := records_cell(given):
         first.append(("code", records))

@@ -104,7 +104,174 @@ def test_every_chapter_reads(path):
     assert len(titles) == 1
 
 
+# What every chapter has ------------------------------------------------------------------
+
+def cells_of(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def header(path):
+    "The table on top of a chapter, as names and values; it may lie on its side."
+    for cell in cells_of(path)[:4]:
+        rows = [[x.strip() for x in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+                for line in "".join(cell["source"]).splitlines() if line.startswith("|")]
+        rows = [r for r in rows if any(r) and not re.fullmatch(r"[-: ]+", r[0])]
+        if rows and rows[0][0] == "needs":
+            return dict(zip(*rows[:2])) if len(rows[0]) > 2 else dict(rows)
+    return {}
+
+
+NUMBERED = [p for p in CHAPTERS if p.parent == NBS]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_the_table_on_top_is_complete(path):
+    table = {k.split()[0]: v for k, v in header(path).items()}
+    wanted = {"needs", "minutes", "exports"} if path in NUMBERED else {"needs", "minutes"}
+    assert wanted <= set(table), f"{path.name}: its table has {sorted(table)}"
+    assert all(table[k] for k in wanted)
+    minutes = re.match(r"\d+(\.\d+)?", table["minutes"])
+    assert minutes and 0 < float(minutes[0]) <= 3, f"{path.name}: {table['minutes']} minutes at scale ci"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_headings_go_down_one_level_at_a_time(path):
+    level, titles = 0, []
+    for cell in cells_of(path):
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"^(```|~~~).*?^\1", "", "".join(cell["source"]), flags=re.M | re.S)
+            for marks, title in re.findall(r"^(#{1,6}) (.+)$", text, re.M):
+                assert len(marks) <= level + 1, f"{path.name}: {title!r} skips a level"
+                level = len(marks)
+                titles.append((marks, title))
+    assert [m for m, _ in titles].count("#") == 1
+
+
+PLAIN_ALT = re.compile(r"plot|figure|image|picture", re.I)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_every_plot_says_what_it_shows(path):
+    pytest.importorskip("nbdev")
+    for cell in reader.read(path.read_text(encoding="utf-8")).cells:
+        if cell.cell_type == "code" and reader.draws(cell) and not {"remove-output", "remove-cell"} & set(cell.metadata["tags"]):
+            alt = cell.metadata["mystnb"].get("image", {}).get("alt", "")
+            assert len(alt) > 15, (f"{path.name}: a plot without a text: put `#| fig-alt:` or `#| fig-cap:` into its "
+                                   f"cell, or a caption in *italics* below: {cell.source[:80]!r}")
+        if cell.cell_type == "markdown":
+            for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)", cell.source):
+                assert len(alt) > 15 and not PLAIN_ALT.fullmatch(alt), (path.name, target)
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, NBS / "index.md", NBS / "course.md"], ids=lambda p: p.stem)
+def test_links_inside_the_book_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in cells_of(path) if c["cell_type"] == "markdown")
+    text = re.sub(r"^(```|~~~).*?^\1|`[^`\n]*`", "", text, flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), f"{path.name} leads to {target}"
+
+
+def test_the_course_meets_every_part():
+    text = (NBS / "course.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\((\d\d\w_[\w.]+)\.ipynb\)", text))
+    assert {x[1] for x in linked} >= {"0", "1", "2", "3", "4", "5"}
+    assert len(re.findall(r"^\| \d+ \|", text, re.M)) == 12
+
+
+def test_the_times_are_of_the_chapters_that_are():
+    names = {p.relative_to(NBS).with_suffix("").as_posix() for p in CHAPTERS}
+    record = json.loads((NBS / "results" / "chapter_minutes.json").read_text(encoding="utf-8"))
+    for machine in record["machines"]:
+        missing = names - set(machine["seconds"])
+        assert not missing, f"python tools/time_chapters.py measures what is new: {sorted(missing)}"
+        assert set(machine["seconds"]) == names == set(machine["code"])
+        assert all(0 < s < 600 for s in machine["seconds"].values())
+
+
+# Terms -------------------------------------------------------------------------------------
+
+def test_terms_are_marked_where_they_are_introduced():
+    import terms
+    text = terms.mark("A <dfn>KV cache</dfn> and a <dfn>Query</dfn>.")
+    assert '<dfn id="term-kv-cache">KV cache</dfn>{index}`' in text and "<query>`" in text
+    assert "<KV cache>`" in text
+    assert terms.sentence("One. A <dfn>key</dfn> offers {cite:p}`a`. Two.\n\nThree.", "key") == "A *key* offers."
+
+
+def test_the_page_of_terms_is_made_from_the_chapters():
+    import terms
+    found = terms.terms()
+    assert len({t.lower() for t, *_ in found}) == len(found) > 40
+    page = terms.page()
+    for term, name, title, words in found:
+        assert (NBS / name).exists() and f"[{title}]({name}#{terms.anchor(term)})" in page
+        assert len(words) > len(term) + 8, f"{name}: {term!r} stands in no sentence"
+
+
+# Downloads -----------------------------------------------------------------------------------
+
+def test_a_download_brings_what_it_needs():
+    import downloads
+    made = [json.loads(notebook(x))["cells"][0] for x in (
+        "#| default_exp model.x\nx = 1", "#| export\nimport regex as r\nx=1", "#| slow\nx = 1",
+        "#| solution\ny = 1", 'z = "results/quickstart.json"', "# Title")]
+    nb = downloads.standalone({"cells": made}, "04d_quickstart", "9.9")
+    first, records, *rest = ["".join(c["source"]) for c in nb["cells"]]
+    assert "pip install" in first and "jupyterlab regex" in first and "llmfs 9.9" in first
+    assert "write_text" in records and "bits_per_byte" in records
+    compile(records, "records", "exec")
+    assert rest == ["import regex as r\nx=1", downloads.LONG + "# x = 1", "y = 1", made[4]["source"][0], "# Title"]
+    nb = downloads.standalone({"cells": made}, "04d_quickstart", "9.9", solutions=False)
+    assert "y = 1" not in json.dumps(nb)
+    assert downloads.script(nb).startswith("# %% [markdown]\n# **To run")
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_every_download_is_a_notebook_and_python(path):
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("jupytext")
+    import downloads
+    name = path.relative_to(NBS).with_suffix("").as_posix()
+    nb = downloads.standalone(json.loads(path.read_text(encoding="utf-8")), name, "0", solutions=False)
+    nbformat.validate(nbformat.reads(json.dumps(nb), as_version=4))
+    compile(downloads.script(nb), name, "exec")
+    code = "\n".join("".join(c["source"]) for c in nb["cells"])
+    assert "../results" not in code and "\n#|" not in code and "](results/" not in code
+    solutions = ["".join(c["source"]) for c in cells_of(path) if downloads.has(c, "solution")]
+    for text in solutions:
+        assert text.split("\n", 1)[1].strip() not in code, f"{name}: a solution is handed out"
+
+
 # The configuration -----------------------------------------------------------------------
+
+def test_the_command_opens_the_book(tmp_path, monkeypatch):
+    pytest.importorskip("tyro")
+    import webbrowser
+
+    from llmfs.cli import main
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or True)
+    page = tmp_path / "a b" / "book" / "_site" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.touch()
+    (tmp_path / "a b" / "nbs").mkdir()
+    monkeypatch.chdir(tmp_path / "a b" / "nbs")
+    assert main(["book"]) in (0, None) and opened == [page.as_uri()]
+    assert main(["book", "--folder", str(tmp_path)]) == 2 and len(opened) == 1
+
+
+def test_a_table_corner_gets_a_word():
+    pytest.importorskip("sphinx")
+    import conf
+    from docutils import nodes
+    doc = nodes.section("", nodes.table("", nodes.tgroup("", nodes.thead("", nodes.row(
+        "", nodes.entry("", nodes.paragraph()), nodes.entry("", nodes.paragraph("", "a")))))))
+    conf.name_corners(None, doc)
+    assert [len(list(e.findall(nodes.raw))) for e in doc.findall(nodes.entry)] == [1, 0]
+
 
 def test_every_chapter_is_in_the_contents():
     patterns = re.findall(r"^([\w/*]+)$", (NBS / "index.md").read_text(), re.M)
@@ -187,7 +354,24 @@ def test_every_picture_has_a_text():
         parser.feed(page.read_text(encoding="utf-8"))
         for image in parser.images:
             alt = image.get("alt")
-            assert alt is not None and "/" not in alt, (page.name, image)
+            assert alt is not None and not re.search(r"\w+/\w+\.(svg|png)", alt), (page.name, image)
+
+
+@built
+def test_every_chapter_can_be_taken_away():
+    for path in CHAPTERS:
+        name = path.relative_to(NBS).with_suffix("").as_posix()
+        page = SITE / f"{name}.html"
+        for suffix in (".ipynb", ".py"):
+            assert (SITE / "downloads" / f"{name}{suffix}").exists(), f"{name}: make book"
+            assert f"downloads/{name}{suffix}" in page.read_text(encoding="utf-8")
+    assert not list(SITE.glob("_sources/**/*.ipynb"))  # they would hold the solutions
+
+
+@built
+def test_the_reference_leads_back_into_the_chapters():
+    page = (SITE / "api" / "llmfs.model.attention.html").read_text(encoding="utf-8")
+    assert "Where it is built:" in page and re.search(r'href="\.\./02b_model.attention.html#code-', page)
 
 
 @built

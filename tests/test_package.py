@@ -1,6 +1,10 @@
 "The package from outside: what the wheel holds, what an import costs, what works without MLX"
 
+import ast
+import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,7 +48,7 @@ def test_wheel_holds_every_module(wheel):
     entry = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
     assert "llmfs = llmfs.cli:main" in entry
     metadata = zipfile.ZipFile(wheel).read(f"{info}/METADATA").decode()
-    for extra in ("cpu", "cuda12", "cuda13", "book", "dev", "ref"):
+    for extra in ("cpu", "cuda12", "cuda13", "book", "browser", "dev", "ref"):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 
@@ -54,6 +58,98 @@ def test_installed_wheel_works(wheel, tmp_path):
     done = python(code, tmp_path, LLMFS_SCALE="ci")
     assert done.stdout.split("\n")[0].startswith(str(tmp_path)), done.stderr
     assert "scale ci" in done.stdout
+
+
+def test_the_wheel_is_small_typed_and_says_what_it_is(wheel):
+    import tomllib
+    from email.parser import Parser
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert wheel.stat().st_size < 500_000
+    archive = zipfile.ZipFile(wheel)
+    info = next(n.split("/")[0] for n in archive.namelist() if n.endswith("METADATA"))
+    meta = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+    for field in ("Name", "Version", "Summary", "Author", "License-Expression", "Keywords", "Requires-Python"):
+        assert meta[field], f"{field} is missing"
+    links = dict(x.split(", ", 1) for x in meta.get_all("Project-URL"))
+    assert {"Homepage", "Source", "Issues", "Changelog"} <= set(links)
+    assert len(meta.get_payload()) > 1000 and meta["Description-Content-Type"] == "text/markdown"
+    assert "Typing :: Typed" in meta.get_all("Classifier") and archive.read("llmfs/py.typed") == b""
+    assert f"{info}/licenses/LICENSE" in archive.namelist()
+    assert len(project["keywords"]) >= 5
+
+
+def test_the_index_gets_a_readme_without_relative_links():
+    spec = importlib.util.spec_from_file_location("index_readme", ROOT / "tools" / "index_readme.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = tool.absolute((ROOT / "README.md").read_text(), "v9.9.9")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert targets and all(re.match(r"https://|#", t) for t in targets)
+    assert "](https://raw.githubusercontent.com/llmfs/llmfs/v9.9.9/nbs/images/story.svg)" in text
+    kept = [t for t in targets if "/v9.9.9/" in t]
+    assert kept and all((ROOT / t.split("/v9.9.9/")[1].split("#")[0]).exists() for t in kept)
+
+
+def test_help_explains_the_package():
+    code = "import llmfs, pydoc; print(pydoc.render_doc(llmfs, renderer=pydoc.plaintext))"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert "PACKAGE CONTENTS" in done.stdout and "a book you run" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llmfs").rglob("*.py")), ids=lambda p: p.stem)
+def test_every_public_name_is_documented(path):
+    tree = ast.parse(path.read_text())
+    if path.name == "__init__.py" and not tree.body or path.name == "_modidx.py":
+        return
+    assert ast.get_docstring(tree), f"{path.name}: the module has no docstring"
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+def standalone(name: str, folder: Path) -> Path:
+    "The script that the book offers for one chapter, alone in a folder"
+    pytest.importorskip("jupytext")
+    sys.path.insert(0, str(ROOT / "book"))
+    import downloads
+
+    nb = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    script = folder / "chapter.py"
+    script.write_text(downloads.script(downloads.standalone(nb, name, "0")), encoding="utf-8")
+    return script
+
+
+QUICK = ["01a_data.text", "02a_model.embedding"]
+ALL = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in p.parts)  # fmt: skip
+
+
+def runs_alone(name, wheel, tmp_path):
+    if importlib.util.find_spec("mlx") is None:
+        pytest.skip("MLX is not installed")
+    package, alone = tmp_path / "package", tmp_path / "alone"
+    zipfile.ZipFile(wheel).extractall(package)
+    alone.mkdir()
+    script = standalone(name, alone)
+    script.write_text(script.read_text() + "\nassert __import__('llmfs').__file__.startswith("
+                      f"{str(package)!r})\n")  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(package), "LLMFS_SCALE": "ci", "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, script.name], cwd=alone, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_chapter_runs_alone_with_the_wheel(name, wheel, tmp_path):
+    runs_alone(name, wheel, tmp_path)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", [n for n in ALL if n not in QUICK])
+def test_every_chapter_runs_alone_with_the_wheel(name, wheel, tmp_path):
+    runs_alone(name, wheel, tmp_path)
 
 
 def modules(patterns: list[str]) -> list[str]:
