@@ -271,6 +271,29 @@ def go(runs: list[dict], out: Path, data: Path, workers: int, budget: float, say
     return failed
 
 
+def condense(records: Path, folder: Path) -> None:
+    "moe_runs.json and moe_routing.json of the book from the lines of a sweep."
+    rows, watched, seen = [], [], set()
+    for r in sweep.read_records(records):
+        run = r["run"]
+        key = dict(label=run["label"], seed=run["train"]["seed"])
+        if (mark := (key["label"], key["seed"])) in seen:
+            continue
+        seen.add(mark)
+        plain = ("params", "active", "flops", "tokens", "loss", "bits_per_byte", "ratio", "floor", "parts", "seconds")
+        rows.append(key | dict(steps=run["train"]["max_steps"]) | {k: r[k] for k in plain if k in r}
+                    | dict(curve=r["curve"][::4] if key["seed"] == 0 else []))  # fmt: skip
+        if r["watched"] and (run["watch"] >= 20 or "balance" in key["label"]):
+            more = {k: r[k] for k in ("slots", "words") if k in r}
+            watched.append(key | dict(watched=r["watched"]) | more)
+        about = {k: r[k] for k in ("device", "precision", "versions")}
+    order = lambda x: (x["label"], x["seed"])
+    for name, found in (("moe_runs", rows), ("moe_routing", watched)):
+        lines = [json.dumps(x | about) for x in sorted(found, key=order)]
+        text = "[\n" + ",\n".join(lines) + "\n]\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("grid", type=Path, help="JSON list of runs")
@@ -279,7 +302,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing goes on")
     parser.add_argument("--only", default="", help="runs whose label contains this")
+    parser.add_argument("--condense", type=Path, help="only write the book's records of OUT into this folder")
     args = parser.parse_args()
+    if args.condense:
+        condense(args.out, args.condense)
+        return 0
     runs = [r for r in json.loads(args.grid.read_text(encoding="utf-8")) if args.only in r["label"]]
     args.data.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
