@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE, SHOTS = ROOT / "book" / "_site", ROOT / "book" / "_shots"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 SECONDS, TRIES = 1.0, 3  # the best of so many loads counts: other programs run too
+PATIENCE = 10_000  # milliseconds for the search
 FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
@@ -144,7 +145,7 @@ def search(browser: Browser) -> list[str]:
     for words, where in SEARCHES.items():
         browser.load(SITE / "search.html", f"?q={words.replace(' ', '+')}")
         try:
-            browser.page.wait_for_selector("#search-results li a", timeout=10_000)
+            browser.page.wait_for_selector("#search-results li a", timeout=PATIENCE)
         except Exception:
             bad.append(f"search: {words!r} finds nothing")
             continue
