@@ -101,7 +101,7 @@ def check_file(
         try:
             done = subprocess.run(command, timeout=2 * exercise.seconds + grace, **streams)
         except subprocess.TimeoutExpired as e:
-            return no(f"was stopped after {e.timeout:g} seconds")
+            return no(f"was stopped after {e.timeout:.3g} seconds")
         if not out.exists():
             return no(f"ended Python before there was a verdict (exit code {done.returncode})")
         return Verdict(*json.loads(out.read_text()))
