@@ -11,8 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .attention import sigmoid
-from .block import MLP, GPTConfig, gelu
+from .block import MLP, GPTConfig, activate
 from .router import Choice, Router, Routing, balance_terms
 from .transformer import GPT, PRESETS
 
@@ -166,14 +165,9 @@ class Experts(nn.Module):
     ) -> mx.array:  # as x
         "Each row through its own expert, and weighed."
         turned = lambda stack: stack.weight.swapaxes(1, 2)
-        h = times(x, turned(self.up_proj))
-        if self.activation == "swiglu":
-            gate = times(x, turned(self.gate_proj))
-            h = gate * sigmoid(gate) * h
-        elif self.activation == "gelu":
-            h = gelu(h)
-        else:
-            h = mx.square(mx.maximum(h, 0))
+        gated = self.activation == "swiglu"
+        gate = times(x, turned(self.gate_proj)) if gated else None
+        h = activate(self.activation, times(x, turned(self.up_proj)), gate)
         return times(h * weight.astype(h.dtype), turned(self.down_proj))
 
 # %% ../../nbs/05b_model.moe.ipynb #19f4d37a

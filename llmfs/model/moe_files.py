@@ -108,14 +108,18 @@ def _whole(config, key):
 def _only(config, **wanted):
     for key, value in wanted.items():
         if (found := config.get(key)) is not None and found != value:
-            raise PretrainedError(f"{key}={found!r} is not a model of ours (only {value!r})")
+            raise PretrainedError(
+                f"{key}={found!r} is not a model of ours (only {value!r})"
+            )
 
 
 def _read_qwen3(config):
     _only(config, decoder_sparse_step=1, mlp_only_layers=[])
     k = _whole(config, "num_experts_per_tok")
     renormalize = config.get("norm_topk_prob", False)
-    return dict(d_ff=_whole(config, "moe_intermediate_size") * k, renormalize=renormalize)
+    return dict(
+        d_ff=_whole(config, "moe_intermediate_size") * k, renormalize=renormalize
+    )
 
 
 def _write_qwen3(cfg):
@@ -148,11 +152,21 @@ def _read_granite(config):
     _only(config, position_embedding_type="rope", **dict.fromkeys(_ONES, 1.0))
     D, H = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
     scale = config.get("attention_multiplier")
-    if not (isinstance(scale, (int, float)) and math.isclose(scale, (D / H) ** -0.5, rel_tol=1e-6)):
-        raise PretrainedError(f"attention_multiplier={scale!r} is not 1/sqrt({D / H:g})")
-    F, shared = _whole(config, "intermediate_size"), _whole(config, "shared_intermediate_size")
+    if not (
+        isinstance(scale, (int, float))
+        and math.isclose(scale, (D / H) ** -0.5, rel_tol=1e-6)
+    ):
+        raise PretrainedError(
+            f"attention_multiplier={scale!r} is not 1/sqrt({D / H:g})"
+        )
+    F, shared = (
+        _whole(config, "intermediate_size"),
+        _whole(config, "shared_intermediate_size"),
+    )
     if shared % F:
-        raise PretrainedError(f"shared_intermediate_size={shared} is no multiple of {F}")
+        raise PretrainedError(
+            f"shared_intermediate_size={shared} is no multiple of {F}"
+        )
     k = _whole(config, "num_experts_per_tok")
     return dict(d_ff=F * (k + shared // F), n_shared=shared // F)
 
