@@ -166,6 +166,15 @@ def test_first_step_by_hand():
     np.testing.assert_allclose(model.weight[0].tolist(), want, rtol=1e-5)
 
 
+def test_eps_beside_a_gradient_of_its_size():
+    "eps is added to the corrected root: it halves the first step where g = eps"
+    model = nn.Linear(3, 1, bias=False)
+    model.weight = mx.zeros((1, 3))
+    grads = {"weight": mx.array([[1e-8, 1e-7, 0.0]])}
+    AdamW(model, lr=1.0, weight_decay=0.0).update(model, grads)
+    np.testing.assert_allclose(model.weight[0].tolist(), [-0.5, -10 / 11, 0.0], rtol=1e-3)
+
+
 def test_groups():
     model = Net()
     selected = {n for n, p in flat(model.parameters()).items() if decays(n, p)}
