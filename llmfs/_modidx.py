@@ -1349,6 +1349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmfs.training.step._arrays': ('training.step.html#_arrays', 'llmfs/training/step.py'),
                                      'llmfs.training.step._cast': ('training.step.html#_cast', 'llmfs/training/step.py'),
                                      'llmfs.training.step._check_config': ('training.step.html#_check_config', 'llmfs/training/step.py'),
+                                     'llmfs.training.step._recomputed': ('training.step.html#_recomputed', 'llmfs/training/step.py'),
                                      'llmfs.training.step.asking': ('training.step.html#asking', 'llmfs/training/step.py'),
                                      'llmfs.training.step.computing_weights': ( 'training.step.html#computing_weights',
                                                                                 'llmfs/training/step.py'),

@@ -45,26 +45,28 @@ def plain(name: str) -> str:
     "A parameter's name without the wrapper"
     return name.replace(".module.", ".")
 
-# %% ../../nbs/03f_training.sharding.ipynb #0d7c1e28
+# %% ../../nbs/03f_training.sharding.ipynb #0e52627d
 class RowMuon(Muon):
     "Muon for matrices of which each rank holds some rows"
     def _apply(self, params, grads, lr_scale, shrink=None, good=None):
         new, v = AdamW._apply(self, params, grads, lr_scale, shrink, good), self.state["momentum"]
-        o, lr = self.options, self.muon_lr * lr_scale
+        keep, lr = self.options["momentum"], self.muon_lr * lr_scale
         for key, names in self.stacks:
-            p, g = bundled(params, names, False), bundled(grads, names, False)
-            old, g = (p, v[key]), g if shrink is None else g * shrink
-            v[key] = o["momentum"] * v[key] + g
-            x = g + o["momentum"] * v[key] if o["nesterov"] else v[key]
-            split = is_part(names[0]) and params[names[0]].ndim == 2
-            x = orthogonalize(self.all_rows(x) if split else x, o["ns_steps"])
-            lr_here = lr * max(1, x.shape[-2] / x.shape[-1]) ** 0.5
-            x = mx.split(x, self.group.size(), axis=-2)[self.group.rank()] if split else x
-            p = p * (1 - lr * self.weight_decay) - lr_here * x
-            if good is not None:
-                p, v[key] = (mx.where(good, x, y) for x, y in zip((p, v[key]), old))
-            new |= unbundled(p, params, names, False)
+            p, g, old = bundled(params, names, False), bundled(grads, names, False), v[key]
+            g = g if shrink is None else g * shrink
+            m = keep * old + g
+            x = self.update_of(g + keep * m if self.options["nesterov"] else m, names, params)
+            q = p * (1 - lr * self.weight_decay) - lr * x
+            v[key], q = (m, q) if good is None else (mx.where(good, m, old), mx.where(good, q, p))
+            new |= unbundled(q, params, names, False)
         return new
+
+    def update_of(self, x, names, params):
+        "This rank's rows of the orthogonal matrix, in the size that Muon gives it"
+        split = is_part(names[0]) and params[names[0]].ndim == 2
+        x = orthogonalize(self.all_rows(x) if split else x, self.options["ns_steps"])
+        x = x * max(1, x.shape[-2] / x.shape[-1]) ** 0.5
+        return mx.split(x, self.group.size(), axis=-2)[self.group.rank()] if split else x
 
     def all_rows(self, x):
         "The whole matrices (..., m, n) of which every rank has m / N rows"
@@ -91,7 +93,7 @@ def _bundle_up(optimizer, found):
         values = {name: found[slot, name] for name in names}
         optimizer.state.setdefault(slot, {})[key] = bundled(values, names, flat)
 
-# %% ../../nbs/03f_training.sharding.ipynb #c6a37007
+# %% ../../nbs/03f_training.sharding.ipynb #9c2c40f1
 class Shards(Ranks):
     "Ranks of which each holds its rows of the blocks' weights, gradients and optimizer state"
     def mean(self, tree):
@@ -103,7 +105,7 @@ class Shards(Ranks):
         return loss, tree_unflatten(list((flat | dict(zip(whole, means))).items()))
 
     def norm(self, grads):
-        "The length counts every rank's parts, and what all hold once"
+        "Every rank's parts, and what all hold once"
         flat = tree_flatten(grads)
         parts = global_norm([g for n, g in flat if is_part(n)])
         rest = global_norm([g for n, g in flat if not is_part(n)])
