@@ -155,6 +155,15 @@ def test_draw_never_leaves_the_support():
     assert G.uniforms(0, 0, 1_000_000).max() < 1
 
 
+def test_draw_survives_sums_that_fall(monkeypatch):
+    "Parallel sums, as on a GPU, may round so that a forbidden token seems to have a share."
+    right = mx.cumsum
+    wrong = lambda p, axis: right(p, axis=axis) + mx.array([[0, 1e-6, 0]])
+    monkeypatch.setattr(G.mx, "cumsum", wrong)
+    logits = mx.array([[0.0, -mx.inf, 0.0]])
+    assert G.draw(logits, mx.array([0.5 + 5e-7])).tolist() == [2]
+
+
 def test_uniforms_are_independent_of_batch_and_length():
     assert (G.uniforms(5, 2, 10) == G.uniforms(5, 2, 100)[:10]).all()
     assert (G.uniforms(5, 2, 10) != G.uniforms(5, 3, 10)).any()
