@@ -345,3 +345,10 @@ def test_stretches_tell_the_error_of_a_book(tok):
     parts = [text[i : i + 1200] for i in range(0, len(text) - 1200, 1200)]
     apart = R.judge(model, tok, parts)["measures"]["bits per byte"]
     assert len(parts) >= 32 and 0.5 < error / apart[1] < 2 and abs(value - apart[0]) < 0.1
+
+
+def test_batches_fit_into_memory(tok):
+    big = preset("124m", vocab_size=50_257)
+    rows = R._rows(type("Big", (), {"cfg": big}))
+    assert 1 <= rows <= 3 and rows * big.max_seq_len * big.vocab_size * 4 <= 2**29 * 1.5
+    assert R._rows(make(tok.vocab_size)) == 32

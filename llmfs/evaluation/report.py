@@ -61,8 +61,15 @@ def held_back(
     return [tokenizer.decode(part[1:]) for part in parts if len(part) > 1]
 
 # %% ../../nbs/04e_evaluation.report.ipynb #09cf9abb
-def _losses(model, tokenizer, texts, batch_size=32):
+def _rows(model):
+    "Rows of a batch whose logits take at most half a gigabyte; 32 at most."
+    cfg = model.cfg
+    return max(1, min(32, 2**27 // (cfg.max_seq_len * cfg.vocab_size)))
+
+
+def _losses(model, tokenizer, texts, batch_size=None):
     "Token losses of each document, in pieces of at most the model's context."
+    batch_size = batch_size or _rows(model)
     L, eot, was = model.cfg.max_seq_len, tokenizer.eot_id, model.training
     ids = [[eot, *tokenizer.encode(text), eot] for text in texts]
     runs = [(i, x[a : a + L + 1]) for i, x in enumerate(ids) for a in range(0, len(x) - 1, L)]
@@ -118,7 +125,7 @@ def score(
     "Losses of texts, in enough parts to tell their error."
     if len(texts) < 32:
         return stretches(model, tokenizer, texts)
-    return evaluate_documents(model, tokenizer, texts)
+    return evaluate_documents(model, tokenizer, texts, _rows(model))
 
 # %% ../../nbs/04e_evaluation.report.ipynb #ba745d96
 def _plain(measure):
@@ -226,7 +233,7 @@ def by_position(
     tokenizer,  # the one it was trained with
     texts: Iterable[str],  # documents
     max_tokens: int = 50_000,  # enough for a curve: what comes later is left out
-    batch_size: int = 32,  # B
+    batch_size: int | None = None,  # B; None: what memory allows, at most 32
 ) -> list[dict]:  # a bin each: first and last position (from 1), loss, error, tokens
     "Loss in nats a token against the number of tokens that the model has seen."
     L, rows, n = model.cfg.max_seq_len, [], 0
