@@ -263,6 +263,15 @@ def test_the_command_opens_the_book(tmp_path, monkeypatch):
     assert main(["book", "--folder", str(tmp_path)]) == 2 and len(opened) == 1
 
 
+def test_long_signatures_are_lines():
+    pytest.importorskip("sphinx")
+    import conf
+    context = {"body": "<dl class='py'><dt>f(<dl>\n<dd><em>a</em>,</dd>\n<dd>b</dd>\n</dl>\n)</dt><dd>text</dd></dl>"}
+    conf.plain_parameters(None, "api/x", "page.html", context, None)
+    assert context["body"].count("<dl") == 1 and context["body"].count('class="llmfs-param"') == 2
+    assert "<dd>text</dd>" in context["body"]
+
+
 def test_a_table_corner_gets_a_word():
     pytest.importorskip("sphinx")
     import conf
