@@ -17,9 +17,16 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("sweep", ROOT / "tools" / "sweep.py")
-sweep = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sweep, scaling_record = tool("sweep"), tool("scaling_record")
 
 N, D = (a.ravel() for a in np.meshgrid([1e5, 4e5, 2e6, 1e7], [1e6, 5e6, 2e7, 1e8]))
 
@@ -226,7 +233,8 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text(path.read_text() + '{"id": "cut sho')  # a crash while writing
     _, records, said = run(tmp_path, runs)
-    assert said[0].startswith("2 runs, 1 to do") and [r["params"] for r in records] == [first["params"], 11840]
+    assert said[0].startswith("2 runs, 1 to do") and len(records) == 2
+    assert records[1]["params"] > records[0]["params"] == first["params"]
     assert first["curve"] == records[0]["curve"]
     path.unlink()
     _, again, _ = run(tmp_path, runs)
@@ -259,3 +267,56 @@ def test_a_token_file_is_judged_in_bits_per_byte(tmp_path):
     assert "ratio" not in r
     # one token a character, and the text's end besides
     assert np.isclose(r["bits_per_byte"], r["loss"] / np.log(2) * (len(text) + 1) / len(text), rtol=1e-6)
+
+
+# The record -------------------------------------------------------------------------------
+
+
+def lines(tmp_path, largest_ratio):
+    rng, made = np.random.default_rng(0), []
+    for label, n, d in [*[("fit", n, d) for n, d in zip(N, D)], ("largest", 4e7, 4e8)]:
+        ratio = disturbed(rng, made_up(n, d) - 1.2, 0.03) - 0.2
+        run = dict(label=label, corpus="stories", shape=dict(d_ff=1), train=dict(precision="float32"))
+        made.append(dict(run=run, params=n, body_params=n, tokens=d, flops=6 * n * d, seconds=1.0,
+                         ratio=largest_ratio if label == "largest" else ratio, curve=[], device="a",
+                         versions={}, precision="float32", tokenizer="t"))  # fmt: skip
+    path = tmp_path / "sweep.jsonl"
+    path.write_text("\n".join(map(json.dumps, made)))
+    return path
+
+
+def record(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["x", *map(str, args), "--corpus", "stories"])
+    scaling_record.main()
+
+
+def test_a_record_predicts_without_the_loss_of_the_largest_run(tmp_path, monkeypatch):
+    out, found = tmp_path / "r.json", []
+    for ratio in (1.01, 5.0):
+        record(monkeypatch, lines(tmp_path, ratio), "--out", out)
+        found.append(json.loads(out.read_text()))
+        assert "ratio" not in found[-1]["largest"]
+    assert found[0] == found[1]  # what is predicted is not read
+    p = found[0]["prediction"]
+    assert 1 < p["low"] < made_up(4e7, 4e8) - 0.2 < p["high"] and p["runs"] == len(N)
+    record(monkeypatch, tmp_path / "sweep.jsonl", "--out", out, "--look")
+    assert json.loads(out.read_text())["largest"]["ratio"] == 5.0
+
+
+def test_a_record_with_another_prediction_is_refused(tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    record(monkeypatch, lines(tmp_path, 1.01), "--out", out)
+    r = json.loads(out.read_text())
+    r["prediction"]["high"] *= 1.1
+    out.write_text(json.dumps(r))
+    with pytest.raises(ValueError, match="not the one that its runs give"):
+        record(monkeypatch, tmp_path / "sweep.jsonl", "--out", out, "--look")
+
+
+def test_the_records_of_the_book_hold_the_predictions_that_their_runs_give():
+    for name in ("scaling_stories", "scaling_books"):
+        r = json.loads((ROOT / f"nbs/results/{name}.json").read_text())
+        p = r["prediction"]
+        again = scaling_record.predict(r["runs"], p["size"], p["of"] == "ratio", p["params"], p["least_tokens"])
+        assert np.allclose([again[k] for k in ("low", "middle", "high")],
+                           [p[k] for k in ("low", "middle", "high")], rtol=1e-4)  # fmt: skip

@@ -3,7 +3,7 @@
     python tools/scaling_record.py SWEEP.jsonl --corpus stories --out nbs/results/scaling_stories.json
     python tools/scaling_record.py SWEEP.jsonl --corpus stories --out nbs/results/scaling_stories.json --look
 
-The first call keeps the runs labelled "fit" (and "seed", "rate"), fits the law to those of "fit", and writes where the run
+The first call keeps the runs labelled "fit" (and "small", "seed", "rate"), fits the law to those of "fit", and writes where the run
 labelled "largest" should end; of that run it reads its size and nothing else. The second adds what it reached, and refuses
 where the prediction in the record is not the one that the runs in it give.
 """
@@ -30,9 +30,7 @@ def corpus_of(line: dict) -> str:
 def short(line: dict, reached: bool = True) -> dict:
     "What the book needs of a line."
     run, keys = line["run"], SIZES + (REACHED if reached else ())
-    shape = {k: v for k, v in run["shape"].items() if k != "d_ff"}
-    train = {k: v for k, v in run["train"].items() if k != "precision"}
-    about = dict(label=run["label"], shape=shape, train=train, seconds=line["seconds"])
+    about = dict(label=run["label"], shape=run["shape"], train=run["train"], seconds=line["seconds"])
     return about | {k: rounded(line[k]) for k in keys if k in line}
 
 
@@ -65,7 +63,7 @@ def predict(runs: list[dict], size: dict, stories: bool, params: str, least_toke
 
 def first(lines: list[dict], args) -> dict:
     "A record with a prediction and without what it is about."
-    runs = [short(x) for x in lines if x["run"]["label"] in ("fit", "seed", "rate")]
+    runs = [short(x) for x in lines if x["run"]["label"] in ("fit", "small", "seed", "rate")]
     largest = [short(x, reached=False) for x in lines if x["run"]["label"] == "largest"]
     record = dict(
         what=args.what, corpus=args.corpus, device=lines[0]["device"], versions=lines[0]["versions"],
