@@ -30,12 +30,13 @@ def anchor(term: str) -> str:
 
 
 def sentence(text: str, term: str) -> str:
-    "The sentence of a paragraph that introduces a term."
-    paragraph = next(p for p in re.split(r"\n\s*\n", text) if f"<dfn>{term}</dfn>" in p)
-    found = re.split(r"(?<=[.!?:])\s+(?=[A-Z<*`$])", " ".join(paragraph.split()))
+    "The sentence of a paragraph or an item that introduces a term."
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[-*+]|\d+\.)\s)", text)
+    part = next(p for p in parts if f"<dfn>{term}</dfn>" in p)
+    found = re.split(r"(?<=[.!?])\s+(?=[A-Z<*`$])", re.sub(r"^\s*(?:[-*+>]|\d+\.)\s+", "", " ".join(part.split())))
     words = next(s for s in found if f"<dfn>{term}</dfn>" in s)
-    words = re.sub(r"\s*\{cite:\w+\}`[^`]*`", "", TERM.sub(r"*\1*", words))
-    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", words).lstrip("-*> 0123456789.")[:400]
+    words = re.sub(r"<!--.*?-->|\s*\{cite:\w+\}`[^`]*`", "", TERM.sub(r"*\1*", words))
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", words).strip()
 
 
 def terms() -> list[tuple[str, str, str, str]]:
