@@ -15,7 +15,7 @@ from llmfs.model.pretrained import (
     why_no_shape,
     write_pretrained,
 )
-from llmfs.model.router import Router, balance_terms, expert_load
+from llmfs.model.router import Choice, Router, Routing, balance_terms, expert_load
 from llmfs.model.transformer import GPT, count_params, flops_per_token, preset
 from llmfs.tokenizer.exchange import PretrainedError
 from llmfs.tokenizer.vocab import CharTokenizer
@@ -358,6 +358,23 @@ def test_balance_brings_the_loads_together(balance):
             router, mx.grad(loss)(router.trainable_parameters()), 1 - i / 150
         )
     assert first > 1.9 and busy() < 1.2
+
+
+def test_the_terms_by_hand():
+    "Two tokens, two experts; scores that do not sum to 1 are shares of their sum."
+    z = mx.array([[1.0, 0.0], [2.0, 0.0]])
+    choice = Choice(mx.array([[0], [0]]), None, mx.array([[0.6, 0.2], [0.4, 0.4]]), z)
+    value = lambda **f: balance_terms(Routing(n_experts=2, top_k=1, **f), choice).item()  # noqa: E731
+    square = np.mean([np.log(np.e + 1) ** 2, np.log(np.e**2 + 1) ** 2])
+    assert value(balance="none", z_weight=0.5) == pytest.approx(0.5 * square, rel=1e-5)
+    assert value(aux_weight=3.0, z_weight=0.0) == pytest.approx(3 * 2 * (0.75 + 0.5) / 2, rel=1e-5)
+
+
+def test_noise_is_for_training_only():
+    router, x = Router(MoEConfig(**SMALL | dict(router_noise=5.0))), mx.random.normal((50, 32))
+    assert not mx.array_equal(router(x).logits, router(x).logits)
+    router.eval()
+    assert mx.array_equal(router(x).logits, x @ router.weight.T)
 
 
 TOKENIZER = CharTokenizer("abcdefgh .")

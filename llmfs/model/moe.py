@@ -112,15 +112,14 @@ def _sort_pairs(chosen, E):
 
 
 @mx.custom_function
-def _slot_weight(weight, pair, slots, kept):
+def _slot_weight(weight, pair, slots):
     return weight.reshape(-1)[pair]
 
 
 @_slot_weight.vjp
 def _slot_weight_vjp(primals, cotangent, output):
-    _, *rest = primals
-    d = mx.where(rest[2], cotangent[rest[1]], 0)
-    return d, *(mx.zeros_like(a) for a in rest)
+    _, pair, slots = primals
+    return cotangent[slots], mx.zeros_like(pair), mx.zeros_like(slots)
 
 # %% ../../nbs/05b_model.moe.ipynb #1eb58a62
 def plan_sorted(
@@ -131,7 +130,7 @@ def plan_sorted(
     T, k = choice.chosen.shape
     order, expert, place, counts = _sort_pairs(choice.chosen, E)
     slots = place.reshape(T, k)
-    w = _slot_weight(choice.weight, order, slots, mx.ones_like(slots, mx.bool_))
+    w = _slot_weight(choice.weight, order, slots)
     return Plan(order // k, slots, w[:, None], counts), expert
 
 # %% ../../nbs/05b_model.moe.ipynb #8f1eb57b
@@ -238,8 +237,7 @@ def plan_capacity(
     turn = mx.arange(C)
     filled = (turn < counts[:, None]) & (turn < C - 1)  # (E, C)
     pair = order[mx.minimum(start[:, None] + turn, T * k - 1).reshape(-1)]
-    w = _slot_weight(choice.weight, pair, slots, kept.reshape(T, k))
-    w = mx.where(filled.reshape(-1), w, 0)
+    w = mx.where(filled.reshape(-1), _slot_weight(choice.weight, pair, slots), 0)
     return Plan(pair // k, slots, w[:, None], counts)
 
 # %% ../../nbs/05b_model.moe.ipynb #55bf2f1c
