@@ -168,10 +168,11 @@ class Train(Command):
 
     def run(self) -> None:
         trainer = trainer_for(self)
-        if trainer.ranks.rank:  # rank 0 speaks for all
-            return trainer.fit()
-        warn_of_shape(self, trainer.model.cfg)
+        if trainer.ranks.rank == 0:
+            warn_of_shape(self, trainer.model.cfg)
         report = trainer.fit()
+        if trainer.ranks.rank:  # rank 0 speaks for all
+            return
         loss, step = report["val_loss"], report["best_step"]
         self.say(f"validation loss {loss:.4f} nats a token at step {step}")
         for label, key in (("checkpoint", "best"), ("log", "log"), ("loss plot", "plot")):
