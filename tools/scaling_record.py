@@ -4,8 +4,9 @@
     python tools/scaling_record.py SWEEP.jsonl --corpus stories --out nbs/results/scaling_stories.json --look
 
 The first call keeps the runs labelled "fit" (and "small", "seed", "rate"), fits the law to those of "fit", and writes where the run
-labelled "largest" should end; of that run it reads its size and nothing else. The second adds what it reached, and refuses
-where the prediction in the record is not the one that the runs in it give.
+labelled "largest" should end; of that run it reads its size and nothing else, or, with --plan GRID.json, the size it will have, before it was made. The second adds what it reached, and refuses
+where the prediction in the record is not the one that the runs in it give. With --positions it keeps the runs labelled
+"positions" and their loss by position instead.
 """
 
 import argparse
@@ -61,10 +62,28 @@ def predict(runs: list[dict], size: dict, stories: bool, params: str, least_toke
         scale={k: rounded(v) for k, v in law.scale.items()}, spread=rounded(law.spread))  # fmt: skip
 
 
+def planned(run: dict, lines: list[dict]) -> dict:
+    "What is known of a run before it is made; a step takes as many tokens as those of the other runs."
+    from llmfs.model.transformer import GPTConfig, count_params, flops_per_token
+
+    steps = lambda x: x["run"]["train"]["max_steps"]
+    each = [x["tokens"] / steps(x) for x in lines if x["run"]["train"]["batch_size"] == run["train"]["batch_size"]]
+    tokens = round(run["train"]["max_steps"] * sum(each) / len(each))
+    length = run["train"]["seq_len"]
+    shape = GPTConfig(**{"max_seq_len": length, "vocab_size": run["vocab_size"]} | run["shape"])
+    return dict(
+        label=run["label"], shape=run["shape"], train=run["train"], params=count_params(shape),
+        body_params=count_params(shape, embeddings=False), tokens=tokens,
+        flops=tokens * flops_per_token(shape, length))  # fmt: skip
+
+
 def first(lines: list[dict], args) -> dict:
     "A record with a prediction and without what it is about."
     runs = [short(x) for x in lines if x["run"]["label"] in ("fit", "small", "seed", "rate")]
     largest = [short(x, reached=False) for x in lines if x["run"]["label"] == "largest"]
+    if args.plan:
+        grid = json.loads(args.plan.read_text(encoding="utf-8"))
+        largest = [planned(r, lines) for r in grid if r["label"] == "largest" and Path(r["corpus"]).stem == args.corpus]
     record = dict(
         what=args.what, corpus=args.corpus, device=lines[0]["device"], versions=lines[0]["versions"],
         precision=lines[0]["precision"], tokenizer=lines[0]["tokenizer"])  # fmt: skip
@@ -83,24 +102,41 @@ def look(record: dict, lines: list[dict]) -> dict:
     return record | dict(largest=largest[0])
 
 
+def positions(lines: list[dict], args) -> dict:
+    "The record of the runs that differ in how they tell positions."
+    kept = [x for x in lines if x["run"]["label"] == "positions"]
+    run = kept[0]["run"]
+    runs = [dict(kind=x["run"]["shape"]["positions"], seed=x["run"]["train"]["seed"], by_position=x["by_position"],
+                 **{k: x[k] for k in ("params", "tokens", "seconds")}) for x in kept]  # fmt: skip
+    return dict(
+        what=args.what, corpus=args.corpus, device=kept[0]["device"], versions=kept[0]["versions"],
+        shape=run["shape"], train=run["train"], trained=run["train"]["seq_len"], length=run["positions"],
+        runs=runs)  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sweep", help="JSON lines of tools/sweep.py", type=Path)
     parser.add_argument("--corpus", help="stories, or the stem of a token file", required=True)
     parser.add_argument("--out", help="the record", type=Path, required=True)
     parser.add_argument("--look", help="add what the largest run reached", action="store_true")
+    parser.add_argument("--plan", help="grid with the run that is not made yet", type=Path)
+    parser.add_argument("--positions", help="record loss by position", action="store_true")
     parser.add_argument("--params", help="params or body_params: which the law counts", default="body_params")
     parser.add_argument("--least-tokens", help="fit only runs of so many tokens", type=float, default=0)
     parser.add_argument("--what", help="first line of the record", default="A sweep of tools/sweep.py.")
     args = parser.parse_args()
     lines = [json.loads(x) for x in args.sweep.read_text(encoding="utf-8").splitlines()]
     lines = [x for x in lines if corpus_of(x) == args.corpus]
-    record = look(json.loads(args.out.read_text(encoding="utf-8")), lines) if args.look else first(lines, args)
+    make = positions if args.positions else first
+    record = look(json.loads(args.out.read_text(encoding="utf-8")), lines) if args.look else make(lines, args)
     text = json.dumps(record, ensure_ascii=False)
     for cut in ('"prediction": ', '"largest": ', '"runs": '):
         text = text.replace(cut, "\n" + cut)
-    args.out.write_text(text.replace('{"label"', '\n{"label"') + "\n", encoding="utf-8")
-    if p := record["prediction"]:
+    for run in ('{"label"', '{"kind"'):
+        text = text.replace(run, "\n" + run)
+    args.out.write_text(text + "\n", encoding="utf-8")
+    if p := record.get("prediction"):
         print(f"{p['of']} {p['middle']} ({p['low']} to {p['high']}) from {p['runs']} runs")
     return 0
 
