@@ -155,10 +155,11 @@ def test_a_stock_client_gets_our_text(client, mine, prompt):
     got = client.completions.create(**ask)
     bare = lambda text: text.strip().rstrip("\ufffd")  # mlx-lm drops half a character at the end
     assert bare(got.choices[0].text) == bare(ours.text)
-    assert got.choices[0].finish_reason == "length" and got.usage.completion_tokens == 24
+    assert got.choices[0].finish_reason == {"length": "length", "end": "stop"}[ours.finish]
+    assert got.usage.completion_tokens == len(ours.ids) + (ours.finish == "end")
     parts = list(client.completions.create(stream=True, **ask))
-    assert "".join(p.choices[0].text for p in parts if p.choices) == got.choices[0].text
-    assert len(parts) > 5
+    pieces = [p.choices[0].text for p in parts if p.choices]
+    assert bare("".join(pieces)) == bare(got.choices[0].text) and len(pieces) > 3
 
 
 def test_our_client_gets_the_same(client, url, mine):
