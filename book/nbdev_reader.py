@@ -112,11 +112,13 @@ def read(text):
     cells = NBProcessor(nb=dict2nb(json.loads(text))).nb.cells
     module = next((f"llmfs.{c.directives_['default_exp'].split()[0]}" for c in cells
                    if c.cell_type == "code" and "default_exp" in c.directives_), None)
+    title = cells[0].source.split("\n")[0].lstrip("# ") if cells else ""
+    introduced = set()
     out, linked, printed = [], set(), measured.labelled(json.loads(text)["cells"])
     for cell, below in zip(cells, [*cells[1:], None], strict=True):
         source, d = cell.source, cell.directives_ if cell.cell_type == "code" else {}
         if cell.cell_type == "markdown":
-            source = terms.mark(measured.fill(source, printed, number_link))
+            source = terms.mark(measured.fill(source, printed, number_link), title, introduced)
             out.append(nbformat.v4.new_markdown_cell(source))
         elif cell.cell_type == "code" and source.strip():
             fold = prompt(d, source)

@@ -12,11 +12,13 @@ NBS = Path(__file__).resolve().parent.parent / "nbs"
 TERM = re.compile(r"<dfn>([^<>\n]+)</dfn>")
 
 
-def mark(text: str) -> str:
-    "The text for Sphinx: an entry of the index and something to link to at each term."
+def mark(text: str, title: str, seen: set) -> str:
+    "The text for Sphinx: at each term an entry of the index, and at its first place something to link to."
     def one(match):
         term = match[1]
-        return f'<dfn id="{anchor(term)}">{term}</dfn>{{index}}`\u200b <{entry(term)}>`'
+        target = "" if entry(term) in seen else f"#{anchor(term, title)} "
+        seen.add(entry(term))
+        return f"[{term}]{{{target}.dfn}}{{index}}`\u200b <{entry(term)}>`"
     return TERM.sub(one, text)
 
 
@@ -25,8 +27,9 @@ def entry(term: str) -> str:
     return term if any(c.isupper() for c in term[1:]) else term[:1].lower() + term[1:]
 
 
-def anchor(term: str) -> str:
-    return "term-" + re.sub(r"[^a-z0-9]+", "-", term.lower()).strip("-")
+def anchor(term: str, title: str) -> str:
+    "The target of a term in the chapter with this title."
+    return "term-" + re.sub(r"[^a-z0-9]+", "-", f"{entry(term)} {title}".lower()).strip("-")
 
 
 def sentence(text: str, term: str) -> str:
@@ -60,5 +63,5 @@ def page() -> str:
     "The page of terms, in Markdown."
     lines = ["# Terms\n\nWhere each word is introduced, with the sentence that does it.\n"]
     for term, name, title, words in terms():
-        lines.append(f"**{entry(term)}**\n: {words}\n  [{title}]({name}#{anchor(term)})\n")
+        lines.append(f"**{entry(term)}**\n: {words}\n  [{title}](#{anchor(term, title)})\n")
     return "\n".join(lines)

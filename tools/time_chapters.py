@@ -1,6 +1,6 @@
 """How long each chapter runs here: `python tools/time_chapters.py [--all] [CHAPTER...]`, at scale ci, one thread each.
 
-Writes nbs/results/chapter_minutes.json, which the overview prints. Without --all only chapters that are new or whose code has
+Writes nbs/results/chapter_seconds.json, which the overview prints. Without --all only chapters that are new or whose code has
 changed are run; the others keep their time. --machine NAME keeps several machines apart.
 """
 
@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "nbs" / "results" / "chapter_minutes.json"
+RECORD = ROOT / "nbs" / "results" / "chapter_seconds.json"
 WHAT = ("Processor seconds of each chapter at scale ci, from start to end of a fresh process with one thread, as make test runs it: "
         "what it takes on a core that does nothing else. code: a checksum of what ran.")  # fmt: skip
 ONE = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
