@@ -15,14 +15,20 @@ import llmfs
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 # %% ../../nbs/03e_training.step.ipynb #636da40b
 from ..evaluation.metrics import token_loss
-from ..hardware import compile_pays, hardware, pick_precision
+from llmfs.hardware import (
+    blas_threads,
+    compile_pays,
+    cpu_streams,
+    hardware,
+    pick_precision,
+)
 from ..model.transformer import GPTConfig, memory_bytes, preset
 from .data_loader import IGNORE, MODES
-from .optimizer import SCHEDULES, clip_by_global_norm, global_norm
+from .optimizer import SCHEDULES, global_norm
 
 # %% ../../nbs/03e_training.step.ipynb #a6e7bfbb
 @dataclass(frozen=True)
@@ -150,9 +156,9 @@ class Alone:
         "The mean over the ranks of what each has summed up"
         return tree
 
-    def clip(self, grads, max_norm):
-        "Gradients no longer than `max_norm` (0: as they are), and their length before"
-        return clip_by_global_norm(grads, max_norm) if max_norm else (grads, global_norm(grads))
+    def norm(self, grads):
+        "Their length, over all ranks"
+        return global_norm(grads)
 
 # %% ../../nbs/03e_training.step.ipynb #d3c92a8b
 def asking(
@@ -174,8 +180,8 @@ def extra_loss(
 class _Pieces:
     "What a step is made of, as functions of arrays"
     def loss(self, params, inputs, targets, segments, weight):
-        "The weighted loss of one batch, computed with a copy of the master weights"
-        self.model.update(_cast(params, self.dtype))
+        "The weighted loss of one batch"
+        self.model.update(params)
         nll, n = token_loss(self.model(inputs, segments), targets)
         extra, nll = extra_loss(self.asking), nll * weight
         return (nll if extra is None else nll + extra * (n * weight)), nll
@@ -183,22 +189,21 @@ class _Pieces:
     def add(self, params, scale, sums, inputs, targets, segments, weight):
         "Add one batch's share of the loss and of the gradient to `sums`"
         batch = inputs, targets, segments, weight * scale[0]
-        (_, loss), grads = mx.value_and_grad(self.loss)(params, *batch)
+        low = _cast(params, self.dtype)  # gradients come in this type, sums are float32
+        (_, loss), grads = mx.value_and_grad(self.loss)(low, *batch)
         new = loss, grads
-        return new if sums is None else tree_map(mx.add, new, sums)
+        return new if sums is None else tree_map(lambda a, b: a + b.astype(mx.float32), new, sums)
 
     def apply(self, params, state, scale, sums, lr):
         "Update weights and optimizer state, unless loss or gradient is not finite"
         self.model.update(params)
         self.optimizer.state = tree_map(lambda a: a, state)  # update() replaces its leaves
-        if self.dtype == mx.float16:
-            sums = tree_map(lambda a: a / scale[0], sums)
         loss, grads = self.ranks.mean(sums)
-        grads, norm = self.ranks.clip(grads, self.cfg.grad_clip)
-        good = mx.isfinite(loss) & mx.isfinite(norm)
-        self.optimizer.update(self.model, grads, lr)
-        new = self.model.trainable_parameters(), self.optimizer.state
-        params, state = tree_map(lambda a, b: mx.where(good, a, b), new, (params, state))
+        loss, norm = loss / scale[0], self.ranks.norm(grads) / scale[0]
+        good, most = mx.isfinite(loss) & mx.isfinite(norm), self.cfg.grad_clip
+        shrink = (mx.minimum(1.0, most / (norm + 1e-6)) if most else 1.0) / scale[0]
+        self.optimizer.update(self.model, grads, lr, shrink, good)
+        params, state = self.model.trainable_parameters(), self.optimizer.state
         scale = next_scale(scale, good) if self.dtype == mx.float16 else scale
         return params, state, scale, loss, norm, good
 
@@ -207,8 +212,41 @@ class _Pieces:
         sums = self.add(params, scale, None, inputs, targets, segments, weight)
         return self.apply(params, state, scale, sums, lr)
 
+# %% ../../nbs/03e_training.step.ipynb #273379e6
+class _Gather(_Pieces):
+    "Batches to one sum: one after the other, the rows of each side by side"
+    def prepare(self):
+        "Compile the pieces where that pays, or find streams to run them on"
+        compiled, rng = self.cfg.compile, mx.random.state
+        compiled = compile_pays() if compiled is None else compiled
+        for name in ["add", "apply", "both"] if compiled else []:
+            setattr(self, name, mx.compile(getattr(self, name), inputs=rng, outputs=rng))
+        whole = compiled or self.asking or self.ranks.size > 1
+        return () if whole else cpu_streams()
+
+    def gather(self, params, batches, weight):
+        "Loss and gradients of all batches"
+        sums = None
+        for batch in batches:
+            if self.streams:
+                sums = self.side_by_side(params, sums, batch, weight)
+            else:
+                sums = self.add(params, self.scale, sums, *_arrays(batch), weight)
+            mx.async_eval(sums)
+        return sums
+
+    def side_by_side(self, params, sums, batch, weight):
+        "`add`, with some rows of the batch on each stream"
+        n, found = min(len(self.streams), len(batch.inputs)), [] if sums is None else [sums]
+        parts = [[None] * n if a is None else np.array_split(a, n) for a in batch]
+        for stream, *rows in zip(self.streams, *parts):
+            with mx.stream(stream):
+                new = self.add(params, self.scale, None, *_arrays(rows), weight)
+            found.append(new)
+        return tree_map(lambda a, *more: sum(more, a), *found)
+
 # %% ../../nbs/03e_training.step.ipynb #abfd1bc1
-class TrainStep(_Pieces):
+class TrainStep(_Gather):
     "One update of a model from one or several batches, compiled where that pays"
     def __init__(
         self,
@@ -221,12 +259,10 @@ class TrainStep(_Pieces):
         self.ranks = ranks or Alone()
         self.dtype = getattr(mx, pick_precision(cfg.precision))
         self.scale = mx.array([2.0**15 if self.dtype == mx.float16 else 1.0, 0.0])
-        compiled, rng = compile_pays() if cfg.compile is None else cfg.compile, mx.random.state
-        for name in ["add", "apply", "both"] if compiled else []:
-            setattr(self, name, mx.compile(getattr(self, name), inputs=rng, outputs=rng))
         if cfg.grad_checkpoint:
             recompute_layers(model)
         self.asking = asking(model)
+        self.streams = self.prepare()
 
     def __call__(
         self,
@@ -235,17 +271,17 @@ class TrainStep(_Pieces):
     ) -> tuple:  # loss, gradient norm, whether finite: arrays under way; targets that counted
         n = sum(int(np.count_nonzero(b.targets != IGNORE)) for b in batches)
         (n, weight), lr = self.ranks.weight(n), mx.array(lr, mx.float32)
-        params, state, sums = self.model.trainable_parameters(), self.optimizer.state, None
-        if len(batches) == 1:
-            out = self.both(params, state, self.scale, *_arrays(batches[0]), weight, lr)
-        else:
-            for b in batches:
-                sums = self.add(params, self.scale, sums, *_arrays(b), weight)
-                mx.async_eval(sums)
-            out = self.apply(params, state, self.scale, sums, lr)
-        params, self.optimizer.state, self.scale, *report = out
-        self.model.update(params)
-        mx.async_eval(out)
+        params, state = self.model.trainable_parameters(), self.optimizer.state
+        with blas_threads(1 if self.streams else 0):
+            if len(batches) == 1 and not self.streams:
+                inputs = self.scale, *_arrays(batches[0]), weight, lr
+                out = self.both(params, state, *inputs)
+            else:
+                sums = self.gather(params, batches, weight)
+                out = self.apply(params, state, self.scale, sums, lr)
+            params, self.optimizer.state, self.scale, *report = out
+            self.model.update(params)
+            (mx.eval if self.streams else mx.async_eval)(out)
         return *report, n
 
 # %% ../../nbs/03e_training.step.ipynb #474db962
@@ -261,6 +297,19 @@ def computing_weights(step: TrainStep):
         step.model.update(params)
         step.model.train()
 
+# %% ../../nbs/03e_training.step.ipynb #1da482b6
+def _recomputed(inside):
+    "`inside`, of arrays, computed again when its backward pass begins, and done before the next one's"
+    again = mx.custom_function(inside)
+
+    @again.vjp
+    def backward(primals, cotangents, outputs):
+        primals = mx.depends(list(primals), list(cotangents))
+        x, *weights = mx.vjp(inside, primals, list(cotangents))[1]
+        return [*(mx.depends([x], weights) if weights else [x]), *weights]
+
+    return again
+
 # %% ../../nbs/03e_training.step.ipynb #eba916a4
 def recompute_layers(
     model,  # has a list .layers of modules, each called with x, mask, cache
@@ -270,16 +319,21 @@ def recompute_layers(
         kind, inner = type(layer), asking(layer)
 
         def run(self, x, mask=None, cache=None, kind=kind, inner=inner):
-            def inside(params, x):
-                self.update(params)
+            params = dict(tree_flatten(self.trainable_parameters()))
+
+            def inside(x, *arrays):
+                self.update(tree_unflatten(list(zip(params, arrays))))
                 y = kind.__call__(self, x, mask, cache)
                 extra = extra_loss(inner)
                 return [y] if extra is None else [y, extra]
 
-            y, *extra = mx.checkpoint(inside)(self.trainable_parameters(), x)
-            self._extra_loss = extra[0] if extra else None
+            y, *extra = _recomputed(inside)(x, *params.values())
+            if inner:
+                self._extra_loss = extra[0] if extra else None
             return y
 
+        if inner:
+            layer._extra_loss = None  # the step asks here, not inside
         layer.__class__ = type(kind.__name__, (kind,), {"__call__": run})
 
 # %% ../../nbs/03e_training.step.ipynb #02654499
