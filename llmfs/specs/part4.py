@@ -351,7 +351,7 @@ def _(rng):
 
 @exercise(2, "Symmetric marks", "symmetric(w, bits)")
 def _(rng):
-    for w in ([1.0, -1.0], [0.5, 1.0, 0.74], rng.normal(size=8).round(3).tolist()):
+    for w in ([1.0, -1.0], [0.53, 1.0, 0.74], rng.normal(size=8).round(3).tolist()):
         for bits in (2, 4, 8):
             n = 2 ** (bits - 1) - 1
             s = max(map(abs, w)) / n
