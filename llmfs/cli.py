@@ -168,8 +168,6 @@ class Train(Command):
 
     def run(self) -> None:
         trainer = trainer_for(self)
-        if trainer.ranks.rank == 0:
-            warn_of_shape(self, trainer.model.cfg)
         report = trainer.fit()
         if trainer.ranks.rank:  # rank 0 speaks for all
             return
@@ -198,11 +196,13 @@ def trainer_for(c: Train):
         values["precision"] = c.precision
     say = (lambda line="": None) if ranks.rank else c.say
     if c.resume:
-        return continue_run(c.out, say, ranks, **values)
-    return new_run(
-        c.model_size, c.out, c.text, c.data, c.tokenizer, overwrite=c.overwrite,
-        say=say, ranks=ranks, seed=c.seed, **values,
-    )  # fmt: skip
+        trainer = continue_run(c.out, say, ranks, **values)
+    else:
+        more = dict(overwrite=c.overwrite, say=say, ranks=ranks, seed=c.seed)
+        trainer = new_run(c.model_size, c.out, c.text, c.data, c.tokenizer, **more, **values)
+    if ranks.rank == 0:
+        warn_of_shape(c, trainer.model.cfg)
+    return trainer
 
 
 def ranks_for(c: Train):
