@@ -186,8 +186,9 @@ def _floats_per_token(cfg, L, fused, recompute=False):
     passing = 16 * D + 3.4 * F + (0 if fused else cfg.n_heads * L)
     logits = (2 if fused else 3.5) * V
     layer = 4 * D + heads + wide + scores
-    if recompute:
-        return cfg.n_layers * 4.4 * D + 1.3 * (layer + passing) + logits
+    if recompute:  # one layer at a time, or the loss, whichever is larger
+        inside = 20 * D + 3.3 * wide + (0 if fused else 0.45 * cfg.n_heads * L)
+        return cfg.n_layers * 1.8 * D + max(inside, 1.2 * logits)
     return cfg.n_layers * layer + passing + logits
 
 # %% ../../nbs/02c_model.transformer.ipynb #741ceae3
