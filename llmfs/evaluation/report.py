@@ -334,7 +334,7 @@ def _one_step(model, tokens):
 
 # %% ../../nbs/04e_evaluation.report.ipynb #f7563c39
 PRESET_HEAD = (
-    "preset   N     D   H   G     F      L    parameters  GFLOP/token  weights"
+    "preset      N     D   H   G     F      L    parameters  GFLOP/token  weights"
     "   a step  loss at start"
 )
 
@@ -347,7 +347,7 @@ def preset_line(
     loss = "not run" if row["loss"] is None else f"{row['loss']:.2f}"
     heads = f"{c['n_heads']:>4}{c['n_kv_heads']:>4}{c['d_ff']:>6}{c['max_seq_len']:>7}"
     return (
-        f"{row['preset']:<6}{c['n_layers']:>4}{c['d_model']:>6}{heads}{row['params']:>14,}"
+        f"{row['preset']:<9}{c['n_layers']:>4}{c['d_model']:>6}{heads}{row['params']:>14,}"
         f"{row['gflop_per_token']:>13.2f}{row['weights'] / gb:>6.2f} GB"
         f"{row['step'] / gb:>6.1f} GB  {loss}"
     )
