@@ -18,6 +18,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'llmfs.cli.Generate.run': ('cli.html#generate.run', 'llmfs/cli.py'),
                            'llmfs.cli.Import': ('cli.html#import', 'llmfs/cli.py'),
                            'llmfs.cli.Import.run': ('cli.html#import.run', 'llmfs/cli.py'),
+                           'llmfs.cli.Plan': ('cli.html#plan', 'llmfs/cli.py'),
+                           'llmfs.cli.Plan.run': ('cli.html#plan.run', 'llmfs/cli.py'),
                            'llmfs.cli.QuickstartCommand': ('cli.html#quickstartcommand', 'llmfs/cli.py'),
                            'llmfs.cli.QuickstartCommand.run': ('cli.html#quickstartcommand.run', 'llmfs/cli.py'),
                            'llmfs.cli.TestModel': ('cli.html#testmodel', 'llmfs/cli.py'),
