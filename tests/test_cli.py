@@ -331,6 +331,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(cwd)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in a background
             os.execve(LLMFS[0], [*LLMFS, *args], ENV | {"TERM": "dumb"})
         self.seen = ""
 
