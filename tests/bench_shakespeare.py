@@ -509,7 +509,7 @@ def main():
     parser.add_argument("--turn", type=float, default=2, help="seconds one trains before the other")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--machine", default=f"two {platform.machine().replace('_', '-')} cores")
-    parser.add_argument("--quick", action="store_true", help="two steps each, to try the script")
+    parser.add_argument("--quick", action="store_true", help="two steps each on a little text, to try the script")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -520,6 +520,8 @@ def main():
               f"get it: curl --create-dirs -o data/{NAME} {URL}")  # fmt: skip
         return
     text = found[0].read_text(encoding="utf-8")
+    if args.quick:
+        text = text[:20_000]
     if args.apart:
         return apart(text, args)
     record = side_by_side(text, args)
