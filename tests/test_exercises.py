@@ -303,15 +303,19 @@ def test_an_endless_loop_is_interrupted_from_inside(mine):
     assert not verdict and "no answer within 0.1 seconds" in verdict.text
 
 
-def test_the_command(mine):
-    def llmfs_check(*args):
-        command = [sys.executable, "-c", "import sys; from llmfs.cli import main; sys.exit(main())", "check"]
-        done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+def test_the_command_in_a_process(mine):
+    command = [sys.executable, "-c", "import sys; from llmfs.cli import main; sys.exit(main())", "check", "00b.4"]
+    done = subprocess.run([*command, str(mine("print('hi')\n" + RIGHT))], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "00b.4 right: 8 cases\n", "hi\n")
 
-    path = mine(RIGHT)
-    assert llmfs_check("00b.4", path) == (0, "00b.4 right: 8 cases\n", "")
-    path.write_text(RIGHT.replace("<", ">"))
+
+def test_the_command(mine, capsys):
+    from llmfs.cli import main
+
+    def llmfs_check(*args):
+        return main(["check", *map(str, args)]), *capsys.readouterr()
+
+    path = mine(RIGHT.replace("<", ">"))
     code, out, _ = llmfs_check("00b.4", path)
     assert code == 1 and "gave      'arithmetic'" in out and "expected  'memory'" in out
     code, out, _ = llmfs_check("00b.4", path, "--json")

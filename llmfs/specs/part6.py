@@ -122,10 +122,11 @@ def _(rng):
         def mixed(f, mlp=mlp, cfg=cfg, x=x):
             mix = f(mlp, cfg)
             mix.eval()
-            return mix(x)
+            copies = mix.experts["up_proj"].weight  # (E, F, D)
+            return mix(x), copies.shape[0], mx.abs(copies - mlp.up_proj.weight).max()
 
-        show = f"the output of upcycle(mlp, cfg with {E} experts)"
-        yield case(show, mixed, np.array(mlp(x)))
+        show = f"output, experts and their distance to mlp of upcycle(mlp, cfg with {E} experts)"
+        yield case(show, mixed, (np.array(mlp(x)), E, 0.0))
 
 
 @exercise(4, "A gradient that is scattered", "spread_plain(x, token)")
