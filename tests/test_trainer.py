@@ -200,6 +200,21 @@ def test_loss_scale_recovers_from_an_overflow(data):
     assert step.scale.tolist() == [16.0, 0.0]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_scale_stays_out_of_the_optimizer(data, optimizer):
+    "Its means are those of float32, whatever the scale was"
+    means = []
+    for precision in ("float32", "float16"):
+        model, batches = small_model(), loader(data, 4, "windows")
+        step = TrainStep(model, make_optimizer(optimizer, model), small_config(precision=precision))
+        for _ in range(3):
+            step([next(batches)], 1.0)
+        state = dict(tree_flatten(step.optimizer.state))
+        means.append(np.concatenate([np.array(a).ravel() for k, a in state.items() if k[0] == "m"]))
+    full, half = means
+    assert np.linalg.norm(full - half) < 0.05 * np.linalg.norm(full)
+
+
 @pytest.mark.stress
 @pytest.mark.parametrize("accum", [1, 2])
 def test_compiled_equals_eager(data, accum):
@@ -448,6 +463,22 @@ def test_a_bad_step_changes_nothing(data, tmp_path, poison):
     assert all(np.isfinite(a).all() for a in found.values())
     assert found["optimizer step"] == 9 and result["steps"] == 12
     assert result["tokens"] == 9 * 4 * 32
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_step_in_the_middle_moves_no_bit(data, poison, optimizer):
+    poison |= {4}
+    model = small_model()
+    step = TrainStep(model, make_optimizer(optimizer, model), small_config(optimizer=optimizer))
+    batches, seen = loader(data, 4, "windows"), []
+    for _ in range(5):
+        good = step([next(batches)], 1.0)[2].item()
+        flat = tree_flatten([model.parameters(), step.optimizer.state])
+        seen.append((good, {k: np.array(a) for k, a in flat}))
+    assert [good for good, _ in seen] == [True, True, True, False, True]
+    third, fourth, fifth = (arrays for _, arrays in seen[2:])
+    assert all(np.array_equal(third[k], fourth[k]) for k in third)
+    assert sum(not np.array_equal(fourth[k], fifth[k]) for k in fourth) > len(fourth) / 2
 
 
 def test_too_many_bad_steps_stop_the_run(data, tmp_path, poison):
