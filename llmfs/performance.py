@@ -4,12 +4,12 @@
 __all__ = ['CHIPS', 'REACHED', 'seconds_of', 'bandwidth', 'product_seconds', 'roofline', 'block_seconds', 'ends_seconds',
            'update_seconds', 'attend_seconds']
 
-# %% ../nbs/06a_performance.ipynb #9f29ddd9
+# %% ../nbs/06a_performance.ipynb #29bf587e
 import time
 from dataclasses import replace
 from statistics import median
 
-from .hardware import compile_pays
+from .hardware import blas_threads, compile_pays, cpu_streams
 from .model.attention import attend
 from .model.block import Block, GPTConfig
 from .model.embedding import Rope
@@ -20,12 +20,17 @@ from .training.step import TrainConfig, TrainStep
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-# %% ../nbs/06a_performance.ipynb #8a8e8aff
+# %% ../nbs/06a_performance.ipynb #81776db6
 def seconds_of(
     run,  # called without arguments; returns arrays that are not yet computed
     budget: float = 0.15,  # seconds to spend; at least three calls are timed
 ) -> float:
     "Median time of one call, several under way at once where they are short."
+    with blas_threads(1 if cpu_streams() else 0):  # as in a training step
+        return _median(run, budget)
+
+
+def _median(run, budget):
     mx.eval(run())  # compiles, and fills the caches
     times, stop, n = [], time.perf_counter() + budget, 1
     while len(times) < 3 or time.perf_counter() < stop:
@@ -92,7 +97,24 @@ CHIPS = {r[0].replace("-", " "): tuple(map(float, r[1:]))
          for r in map(str.split, CHIPS.strip().splitlines()[1:])}  # fmt: skip
 REACHED = 0.6, 0.85  # shares of a chip's FLOP/s and bandwidth that products and passes reach
 
-# %% ../nbs/06a_performance.ipynb #7ec97405
+# %% ../nbs/06a_performance.ipynb #d1819474
+def _side_by_side(cfg, batch, make):
+    "`make(rows)` gives work on so many rows; the whole batch, cut as `TrainStep` cuts it."
+    streams = cpu_streams()[:batch] if cfg.kind != "moe" and batch > 1 else ()
+    if not streams:
+        return make(batch)
+    run = make(-(-batch // len(streams)))
+
+    def all_streams():
+        found = []
+        for stream in streams:
+            with mx.stream(stream):
+                found.append(run())
+        return found
+
+    return all_streams
+
+# %% ../nbs/06a_performance.ipynb #132eb521
 def block_seconds(
     cfg: GPTConfig,  # shape
     batch: int,  # B
@@ -106,8 +128,7 @@ def block_seconds(
     block, kind = Block(replace(cfg, dropout=0.0), rope), getattr(mx, dtype)
     names, arrays = zip(*tree_flatten(block.trainable_parameters()))
     arrays = [a.astype(kind) for a in arrays]
-    x = mx.random.normal((batch, seq_len, cfg.d_model), key=mx.random.key(0)).astype(kind)
-    mx.eval(arrays, x)
+    mx.eval(arrays)
 
     def forward(x, *arrays):
         block.update(tree_unflatten(list(zip(names, arrays))))
@@ -119,9 +140,15 @@ def block_seconds(
 
     run = both if backward else forward
     run = mx.compile(run) if compile_pays() else run
-    return seconds_of(lambda: run(x, *arrays), budget)
 
-# %% ../nbs/06a_performance.ipynb #3cb0bb99
+    def make(rows):
+        x = mx.random.normal((rows, seq_len, cfg.d_model), key=mx.random.key(0)).astype(kind)
+        mx.eval(x)
+        return lambda: run(x, *arrays)
+
+    return seconds_of(_side_by_side(cfg, batch, make), budget)
+
+# %% ../nbs/06a_performance.ipynb #3237a01d
 def ends_seconds(
     cfg: GPTConfig,  # shape
     batch: int,  # B
@@ -134,11 +161,15 @@ def ends_seconds(
     model.layers = []
     step = _step(model, "adamw", dtype)
     params = model.trainable_parameters()
-    ids = mx.random.randint(0, cfg.vocab_size, (2, batch, seq_len), key=mx.random.key(0))
-    mx.eval(params, ids)
     weight = mx.array(1 / (batch * seq_len))
-    run = lambda: step.add(params, step.scale, None, ids[0], ids[1], None, weight)
-    return seconds_of(run, budget)
+    mx.eval(params)
+
+    def make(rows):
+        ids = mx.random.randint(0, cfg.vocab_size, (2, rows, seq_len), key=mx.random.key(0))
+        mx.eval(ids)
+        return lambda: step.add(params, step.scale, None, ids[0], ids[1], None, weight)
+
+    return seconds_of(_side_by_side(cfg, batch, make), budget)
 
 
 def _step(model, optimizer, dtype):

@@ -149,7 +149,7 @@ def chip_parts(
     parts["copies"] = (12 * (A - 1) + 12 * A * half) * P / moved
     return parts
 
-# %% ../nbs/06a_plan.ipynb #910d09b5
+# %% ../nbs/06a_plan.ipynb #7e076cb6
 @dataclass(frozen=True)
 class Plan:
     "A training run, before it starts."
@@ -175,6 +175,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory["total"] <= self.room
+
     @property
     def hours(self) -> float:
         "Of the whole run, evaluation and checkpoints not counted."

@@ -143,10 +143,11 @@ def main():
         row = {"preset": name, "spec": spec}
         try:
             name, given = wanted(spec, args)
+            vocab = given.pop("vocab_size", args.vocab_size)
             row |= {"preset": name, "given": given}
-            row["plan"] = attempt(planned, name=name, vocab=args.vocab_size, given=given)
+            row["plan"] = attempt(planned, name=name, vocab=vocab, given=given)
             mx.clear_cache()
-            row["measured"] = attempt(measure, name=name, vocab=args.vocab_size, given=given,
+            row["measured"] = attempt(measure, name=name, vocab=vocab, given=given,
                                       steps=args.steps, seconds=args.seconds)  # fmt: skip
         except Exception as e:
             row["measured"] = row["plan"] = {"error": f"{type(e).__name__}: {e}"}

@@ -1,0 +1,142 @@
+"""Measuring the parts of a step, and the plan made of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import llmfs
+from llmfs.model import moe  # noqa: F401 - adds presets
+from llmfs.model.transformer import count_params, flops_per_token, preset
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from llmfs import performance  # noqa: E402
+from llmfs import plan as planning  # noqa: E402
+from llmfs.plan import chip_parts, describe, muon_flops, plan  # noqa: E402
+from llmfs.training.data_loader import Batch  # noqa: E402
+from llmfs.training.optimizer import make_optimizer  # noqa: E402
+from llmfs.training.step import TrainConfig, TrainStep  # noqa: E402
+
+SMALL = dict(batch_size=2, seq_len=32, optimizer="adamw")
+
+
+def test_a_clock_that_ticks_once_a_look(monkeypatch):
+    "Each look is a second: one call a round, so a call takes one second."
+    now = iter(range(10**6))
+    monkeypatch.setattr(performance.time, "perf_counter", lambda: next(now))
+    assert performance.seconds_of(lambda: mx.array(1) + 1, budget=0) == 1
+
+
+def test_a_step_is_the_sum_of_its_parts(monkeypatch):
+    "With parts of known times the sum is by hand: two pieces of 4 texts, 4 layers, recomputed."
+    monkeypatch.setattr(planning, "_blocks", lambda *a: (2.0, 0.5))
+    monkeypatch.setattr(planning, "ends_seconds", lambda cfg, b, n, dtype: 0.25 * b)
+    monkeypatch.setattr(planning, "_update", lambda *a: 3.0)
+    monkeypatch.setattr(planning, "bandwidth", lambda: 12.0)
+    cfg = preset("tiny", vocab_size=500)
+    train = TrainConfig(batch_size=4, seq_len=32, grad_accum=2, grad_checkpoint=True, precision="float32")
+    parts = planning.step_parts(cfg, train)
+    assert parts == {"blocks": 16.0, "recomputing": 4.0, "ends": 2.0, "update": 3.0, "copies": count_params(cfg)}
+
+
+def test_a_line_is_followed_and_never_falls():
+    run = lambda b, n: 1.0 + 0.01 * b * n
+    assert planning._linear(run, (4, 100), (2, 100), 1000) == pytest.approx(11.0)
+    assert planning._linear(lambda b, n: 5.0, (4, 100), (2, 100), 1000) == 5.0
+    assert planning._linear(run, (4, 100), (2, 100), 400) == 5.0
+
+
+def test_flops_of_muon():
+    "By hand: four square matrices of attention, three of the feed-forward layer."
+    for m, n in ((64, 64), (64, 192)):
+        k, j = min(m, n), max(m, n)
+        by_hand = 4 * k * k * j + 36 * k**3 if j >= 2 * k else 5 * (4 * k * k * j + 2 * k**3)
+        cfg = preset("tiny", vocab_size=500, n_layers=1, d_model=m, d_ff=n, n_heads=1, n_kv_heads=1, head_dim=m)
+        square = 5 * 6 * m**3
+        assert muon_flops(cfg) == 4 * square + 3 * by_hand
+
+
+def test_chips_scale_as_their_data_sheets():
+    cfg, train = preset("124m"), TrainConfig(batch_size=8, seq_len=512, precision="float16")
+    one, max_, ultra = (chip_parts(cfg, train, c) for c in ("M1", "M1 Max", "M1 Ultra"))
+    assert one["products"] / max_["products"] == pytest.approx(10.4 / 2.6)
+    assert max_["passes"] / ultra["passes"] == pytest.approx(2)
+    least = 8 * 512 * flops_per_token(cfg, 512) / 10.4e12
+    assert max_["products"] > least
+
+
+@pytest.mark.parametrize("given", [SMALL, SMALL | dict(grad_accum=2), SMALL | dict(grad_checkpoint=True),
+                                   SMALL | dict(optimizer="muon")])  # fmt: skip
+def test_plan_of_this_machine(given):
+    p = plan("tiny", 300, **given)
+    assert p.source == "measured" and p.fits and p.advice == "" and 0 < p.seconds < 600
+    assert p.tokens == 2 * 32 * given.get("grad_accum", 1)
+    found = json.loads(json.dumps(p.to_dict()))
+    assert found["tokens_per_second"] == pytest.approx(p.tokens / p.seconds)
+    assert ("recomputing" in p.parts) == given.get("grad_checkpoint", False)
+    assert "tokens/s" in describe(p)
+
+
+def test_plan_of_a_mixture():
+    assert plan("moe-tiny", 300, **SMALL).seconds > 0
+
+
+def test_what_does_not_fit_is_told_what_would():
+    p = plan("124m", chip="M1", batch_size=64, seq_len=1024)
+    words = p.advice.split()
+    assert not p.fits and "--batch-size" in words
+    again = plan("124m", chip="M1", batch_size=int(words[words.index("--batch-size") + 1]), seq_len=1024,
+                 grad_accum=int(words[words.index("--grad-accum") + 1]),
+                 grad_checkpoint="--grad-checkpoint" in words)  # fmt: skip
+    assert again.fits and again.tokens == p.tokens
+    assert "several machines" in plan("3b", chip="M1").advice
+
+
+def test_unknown_chip_is_one_line():
+    with pytest.raises(ValueError, match="'M9' is unknown; choose one of M1, M1 Pro"):
+        plan("tiny", chip="M9")
+
+
+def test_predictions_are_marked():
+    p = plan("tiny", chip="M2 Max")
+    assert p.source == "predicted" and "(predicted)" in describe(p)
+    assert p.train["precision"] == "bfloat16" and plan("tiny", chip="M1").train["precision"] == "float16"
+
+
+def test_rows_side_by_side_are_the_whole_batch():
+    "Two streams give the losses of one, up to the order of additions; also with odd rows and pieces."
+    from llmfs.hardware import cpu_streams
+    from llmfs.model.transformer import GPT
+
+    if mx.default_device() != mx.cpu:
+        pytest.skip("streams are for CPUs")
+    make = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
+    streams = cpu_streams() or (make(mx.cpu), make(mx.cpu))
+    ids = np.random.default_rng(0).integers(0, 300, (5, 33), dtype=np.int32)
+    batches = [Batch(ids[:, :-1], ids[:, 1:], None), Batch(ids[:3, 1:], ids[:3, :-1], None)]
+    runs = []
+    for used in ((), streams):
+        mx.random.seed(0)
+        model = GPT(preset("tiny", vocab_size=300))
+        step = TrainStep(model, make_optimizer("muon", model), TrainConfig())
+        step.streams = used
+        runs.append([step(batches[:n], 1.0)[0].item() for n in (1, 2, 1, 2)])
+    assert np.allclose(*runs, atol=1e-5) and len(set(runs[0])) == 4
+
+
+def test_steps_beside_their_plan(tmp_path):
+    "The script that measures presets; a preset that fails leaves its error, the others go on."
+    tool = Path(__file__).parent.parent / "tools" / "bench_steps.py"
+    if not tool.exists():
+        pytest.skip("no tools here")
+    out = tmp_path / "steps.json"
+    specs = "tiny:batch_size=2,seq_len=32,vocab_size=300", "nosuch"
+    subprocess.run([sys.executable, tool, *specs, "--steps", "1", "--json", out], check=True, timeout=300)
+    good, bad = json.loads(out.read_text())["rows"]
+    assert good["measured"]["tokens_per_second"] > 0 and good["plan"]["source"] == "measured"
+    assert "nosuch" in bad["measured"]["error"]
+    assert llmfs.__version__ == json.loads(out.read_text())["llmfs"]
