@@ -132,7 +132,8 @@ def nats_by_group(model, exam: Exam, rows: int = 50) -> dict:
 
 def watch(model, tokens) -> dict:
     "Load of each expert and entropy of the router, in each layer."
-    from llmfs.model.moe import expert_load, routing
+    from llmfs.model.moe import routing
+    from llmfs.model.router import expert_load
 
     choices, entropy = routing(model, tokens), []
     for c in choices:
