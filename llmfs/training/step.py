@@ -374,7 +374,7 @@ def recipe(
     room = memory or 0.75 * hardware().memory_bytes
     need = lambda B: memory_bytes(shape, -(-B // world_size), L, activation_bytes=width).total
     B, pieces = values["batch_size"], 1
-    while need(B // pieces) > room and pieces < B:
+    while need(B // pieces) > room and 2 * pieces * world_size <= B:
         pieces *= 2
     found = dict(batch_size=B // pieces, grad_accum=pieces)
     found["grad_checkpoint"] = need(B // pieces) > room
