@@ -119,7 +119,7 @@ def main(argv=None) -> int:
     p.add_argument("--size", default="tiny", help="preset of the dense model")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--seq", type=int, default=256)
-    p.add_argument("--vocab", type=int, default=50_257)
+    p.add_argument("--vocab", type=int, default=50_304, help="a multiple of 64: others cost time on CUDA")
     p.add_argument("--experts", type=int, default=8)
     p.add_argument("--k", type=int, default=2)
     p.add_argument("--steps", type=int, default=10)
