@@ -237,6 +237,69 @@ def _(rng):
     rise = lambda f: 0 < f(model, "float16") < f(model, "bfloat16") < 1
     yield case('0 < rounding(model, "float16") < rounding(model, "bfloat16") < 1', rise, True)
 
+# %% ../../nbs/07f_specs.part6.ipynb #54fef767
+exercise = chapter("06a_performance")
+
+
+@exercise(1, "Balance", "balance(peak, bandwidth)")
+def _(rng):
+    for peak, bandwidth in [(1e11, 1e10), (1e13, 4e11), (2.0, 8.0)]:
+        flops_a_byte = 1 / bandwidth / (1 / peak)  # as many seconds for a byte as for these
+        yield (peak, bandwidth), flops_a_byte
+
+
+@exercise(2, "Rows enough", "rows_enough(width, balance, size)")
+def _(rng):
+    for width, balance, size in [(64, 1, 4), (1024, 10, 4), (1024, 26, 4), (512, 20, 2), (256, 0.1, 4)]:
+        flops = lambda m, k=width: 2 * m * k * k
+        moved = lambda m, k=width, s=size: s * (m * k + k * k + m * k)
+        yield (width, balance, size), next(m for m in range(1, 10**6) if flops(m) / moved(m) >= balance)
+
+
+@exercise(3, "Half the bytes", "speed_up(flops, moved, peak, bandwidth)")
+def _(rng):
+    for flops, moved, peak, bandwidth in [(1, 100, 1, 1), (100, 1, 1, 1), (3, 4, 1, 1), (9e9, 1e9, 1e12, 4e11)]:
+        seconds = [sorted((flops / peak, part * moved / bandwidth))[1] for part in (1, 0.5)]
+        yield (flops, moved, peak, bandwidth), seconds[0] / seconds[1]
+
+
+@exercise(4, "One core's floor", "least_ms(gflop, gflops, cores)")
+def _(rng):
+    for gflop, gflops, cores in [(1, 100, 1), (30, 77, 2), (5, 50, 8)]:
+        yield (gflop, gflops, cores), gflop / (gflops * cores / 1000)
+
+# %% ../../nbs/07f_specs.part6.ipynb #a994d902
+exercise = chapter("06a_plan")
+
+
+@exercise(5, "Hours", "hours(tokens, tokens_a_second)")
+def _(rng):
+    for tokens, rate in [(3.6e6, 1000), (2.5e9, 40_000), (100, 1)]:
+        yield (tokens, rate), tokens / (rate * 60 * 60)
+
+
+@exercise(6, "A line through two points", "follow(n, t, m, s, tokens)")
+def _(rng):
+    for offset, slope in [(1.0, 0.01), (0.0, 2.0), (0.3, 0.0)]:
+        seconds = lambda tokens, a=offset, b=slope: a + b * tokens
+        for n, m, tokens in [(200, 100, 400), (10, 30, 20), (5, 9, 0)]:
+            yield (n, seconds(n), m, seconds(m), tokens), seconds(tokens)
+
+
+@exercise(7, "Recomputing costs", "recomputing(forward, step)")
+def _(rng):
+    for forward, rest in [(1.0, 2.0), (0.2, 0.5), (3.0, 9.0)]:
+        before, after = forward + rest, forward + forward + rest
+        yield (forward, before), after / before - 1
+
+
+@exercise(8, "The price of pieces", "extra", rtol=0.05)
+def _():
+    from llmfs.plan import plan
+
+    times = {n: plan("124m", chip="M1 Max", batch_size=16 // n, grad_accum=n).seconds for n in (1, 4)}
+    return (times[4] - times[1]) / times[1]
+
 # %% ../../nbs/07f_specs.part6.ipynb #aa205ee5
 exercise = chapter("06b_cli")
 
