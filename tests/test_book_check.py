@@ -70,10 +70,10 @@ def test_a_slow_page_is_found(check, monkeypatch):
 def test_a_search_that_finds_nothing_is_found(browser, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "SITE", tmp_path)
     monkeypatch.setattr(tool, "SEARCHES", {"perplexity": "metrics", "Muon": "optimizer"})
-    monkeypatch.setattr(tool, "PATIENCE", 200)
     hit = "<ul id='search-results'><li><a href='a.metrics.html'>x</a></li></ul>"
     (tmp_path / "search.html").write_text(PAGE.format(body=hit, css=""))
     assert tool.search(browser) == ["search: 'Muon' does not find optimizer among the first ten"]
+    monkeypatch.setattr(tool, "PATIENCE", 200)
     (tmp_path / "search.html").write_text(PAGE.format(body="", css=""))
     assert [x.split(" finds ")[1] for x in tool.search(browser)] == ["nothing", "nothing"]
 
