@@ -29,6 +29,7 @@ import numpy as np
 import sweep
 
 HELD_OUT = 1000  # stories that judge every run
+LATE = 2  # steps that may be under way at once
 WATCHED = 64  # of them, whose routing is looked at
 GROUPS = {"say": "fixed text", "pick": "choice", "recall": "recall"}
 
@@ -186,7 +187,7 @@ def train(model, file: TokenFile, cfg, deadline: float, looks: int, tokens) -> d
             start = time.time()
             seen.append(dict(step=s + 1) | watch(model, tokens))
             looking += time.time() - start
-        if len(waiting) == 8 or s + 1 == cfg.max_steps:
+        if len(waiting) == LATE or s + 1 == cfg.max_steps:
             curve += [(s + 1 - len(waiting) + j, x.item()) for j, x in enumerate(waiting, 1)]
             waiting.clear()
             if not math.isfinite(curve[-1][1]):
@@ -207,6 +208,7 @@ def perform(run: dict, deadline: float = math.inf) -> dict:
 
     if time.time() > deadline:
         raise sweep.OutOfTime
+    mx.set_cache_limit(1 << 30)  # several workers share a GPU
     path, cfg = Path(run["path"]), TrainConfig(**run["train"])
     file, stories = TokenFile(path), run["corpus"] == "stories"
     shape = dict(vocab_size=file.header["vocab_size"], max_seq_len=cfg.seq_len) | run["shape"]
