@@ -6,8 +6,8 @@
 __all__ = ['Text', 'Names', 'Files', 'Int', 'Float', 'Name', 'Tok', 'FLAGS', 'Answer', 'COMMANDS', 'FULL', 'Command',
            'QuickstartCommand', 'DownloadData', 'refuse', 'TrainTokenizer', 'Train', 'trainer_for', 'ranks_for',
            'warn_of_shape', 'load', 'Generate', 'read_stdin', 'talk', 'write_json_lines', 'write_texts', 'Evaluate',
-           'evaluate_all', 'show_measures', 'TestModel', 'Export', 'Import', 'Book', 'Check', 'fold_box', 'UsageError',
-           'parse', 'describe', 'main']
+           'evaluate_all', 'show_measures', 'Plan', 'TestModel', 'Export', 'Import', 'Book', 'Check', 'fold_box',
+           'UsageError', 'parse', 'describe', 'main']
 
 # %% ../nbs/06b_cli.ipynb #065ac654
 import contextlib
@@ -393,6 +393,38 @@ def show_measures(c: Evaluate, found: dict) -> None:
     for kind, n in one.get("mistakes", {}).items():
         c.say(f"  {n:>5}  {kind}")
 
+# %% ../nbs/06b_cli.ipynb #5c0ffee1
+@dataclass(frozen=True, kw_only=True)
+class Plan(Command):
+    "Memory, tokens a second and time of a training run, before it starts."
+
+    model_size: str = "tiny"  # a preset
+    vocab_size: int = 50_257  # tokens
+    chip: str | None = None  # predict for "M1 Max" and others; default: measure this machine
+    memory_gb: Float = None  # GiB of the machine
+    batch_size: Int = None  # sequences at once
+    grad_accum: Int = None  # batches added up for a step
+    seq_len: Int = None  # tokens in a sequence
+    max_steps: Int = None  # optimizer steps
+    precision: Name = None  # float32, bfloat16, float16
+    optimizer: Name = None  # muon, adamw
+    grad_checkpoint: bool | None = None  # recompute activations
+
+    def run(self) -> None:
+        from llmfs.hardware import require_mlx
+
+        require_mlx()
+        from llmfs.plan import describe as words
+        from llmfs.plan import plan
+
+        names = ("batch_size grad_accum seq_len max_steps precision optimizer "
+                 "grad_checkpoint").split()
+        given = {name: getattr(self, name) for name in names}
+        memory = self.memory_gb and self.memory_gb * 2**30
+        found = plan(self.model_size, self.vocab_size, self.chip, memory, **given)
+        self.say(words(found))
+        self.result(found.to_dict())
+
 # %% ../nbs/06b_cli.ipynb #be8da6ed
 @dataclass(frozen=True, kw_only=True)
 class TestModel(Command):
@@ -520,7 +552,6 @@ class Check(Command):
         self.result({"exercises": rows})
         return 0
 
-
 # %% ../nbs/06b_cli.ipynb #2e2a8947
 def fold_box(
     text: str,  # what tyro printed
@@ -549,6 +580,7 @@ COMMANDS = {
     "generate": Generate,
     "evaluate": Evaluate,
     "test-model": TestModel,
+    "plan": Plan,
     "export": Export,
     "import": Import,
     "check": Check,

@@ -215,7 +215,7 @@ def plan(
     return Plan(size, machine.chip, "predicted" if chip else "measured", count_params(cfg),
                 train.to_dict(), need, room, parts, tokens, flops, peak, advice)  # fmt: skip
 
-# %% ../nbs/06a_plan.ipynb #d4fc7a21
+# %% ../nbs/06a_plan.ipynb #ac274fef
 def _machine(chip, memory):
     if chip is None:
         found = hardware()
@@ -233,11 +233,15 @@ def _precision(machine, chip):
 def _memory(cfg, train, chip=None, **changed):
     train = replace(train, **changed)
     half = pick_precision(train.precision) != "float32"
-    return memory_bytes(
+    need = memory_bytes(
         cfg, train.batch_size, train.seq_len, activation_bytes=2 if half else 4,
         optimizer_slots=1 if train.optimizer == "muon" else 2,
         fused=False if chip else None, recompute=train.grad_checkpoint,
     )._asdict()  # fmt: skip
+    if not chip and hardware().backend == "cuda" and train.optimizer == "muon":
+        spare = 0.95 * hardware().memory_bytes - need["total"]  # the GPU works behind
+        need["total"] += int(min(12 * count_params(cfg), max(0, spare)))
+    return need
 
 # %% ../nbs/06a_plan.ipynb #c359268c
 def _advice(cfg, train, chip, room):

@@ -6,6 +6,7 @@ The record is written again after each preset; one that fails leaves the text of
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -52,6 +53,9 @@ def measure(name: str, vocab: int, given: dict, steps: int, seconds: float) -> d
     "Time and peak memory of steps of the real TrainStep on random tokens"
     cfg = preset(name, vocab_size=vocab)
     train = recipe(name, cfg, **given)
+    gc.collect()  # models and steps refer to each other
+    mx.clear_cache()
+    held = mx.get_active_memory()  # not this model's
     mx.random.seed(0)
     model = GPT(cfg)
     mx.eval(model.parameters())
@@ -70,7 +74,7 @@ def measure(name: str, vocab: int, given: dict, steps: int, seconds: float) -> d
         mx.eval(out, model.parameters(), step.optimizer.state)
         mx.synchronize()
         times.append(time.perf_counter() - start)
-        peaks.append(mx.get_peak_memory())
+        peaks.append(mx.get_peak_memory() - held)
         losses.append(out[0].item())
         stop = stop or time.perf_counter() + seconds
     tokens, median = train.grad_accum * train.batch_size * train.seq_len, statistics.median(times[1:])

@@ -184,7 +184,7 @@ def _floats_per_token(cfg, L, fused, recompute=False):
     wide = {"swiglu": 4.5, "gelu": 4, "relu2": 2.5}[cfg.activation] * F
     scores = 0 if fused else cfg.n_heads * L * (0.65 if L > 128 else 0.95)
     passing = 16 * D + 3.4 * F + (0 if fused else cfg.n_heads * L)
-    logits = (2 if fused else 3.5) * V
+    logits = 3.5 * V
     layer = 4 * D + heads + wide + scores
     if recompute:  # one layer at a time, or the loss, whichever is larger
         inside = 20 * D + 3.3 * wide + (0 if fused else 0.45 * cfg.n_heads * L)
