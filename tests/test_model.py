@@ -468,7 +468,7 @@ def test_memory_of_a_training_step(variant, batch, length, recompute):
         mx.reset_peak_memory()
         mx.eval(step(batches, 1.0), model.parameters(), step.optimizer.state)
     need = memory_bytes(cfg, batch, length, recompute=recompute).total
-    most = 0.25 if recompute else 0.15  # what is under way at once varies from run to run
+    most = 0.25 if recompute else 0.2  # what is under way at once varies from run to run
     assert abs(need / (mx.get_peak_memory() - before) - 1) < most
 
 
