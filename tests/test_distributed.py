@@ -315,7 +315,7 @@ def test_killed_at_any_time_it_goes_on_from_a_good_checkpoint(data):
     run = dict(out="often", train=dict(max_steps=100_000, save_every=3))
     for i in range(15):
         resume = (data / "often/last.npz").exists()
-        ranks = program(data, rng.choice([2, 4]), run | dict(resume=resume, shard=rng.random() < 0.5))
+        ranks = program(data, rng.choice([2, 4]), run | dict(resume=resume, shard=rng.random() < 0.5), join=20)
         time.sleep(2.5 + 3 * rng.random())
         rng.choice(ranks.p).kill()
         codes, said = ranks.end(60)
