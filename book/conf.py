@@ -185,12 +185,13 @@ def plain_types(app, what, name, obj, options, signature, returns):
     return signature, returns
 
 
-def plain_parameters(app, pagename, templatename, context, doctree):
-    "Sphinx writes a long signature as a list of definitions that has no terms: lines will do."
+def mend_page(app, pagename, templatename, context, doctree):
+    "What axe minds in what others write: lists of definitions without terms, a role that was taken back."
     def one(match):
         lines = re.sub(r"<(/?)dd>", lambda m: "</span>" if m[1] else '<span class="llmfs-param">', match[1])
         return f'<span class="llmfs-params">{lines}</span>'
     if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
         context["body"] = re.sub(r"<dl>\s*((?:<dd>(?:(?!</?d[dlt]>).)*</dd>\s*)+)</dl>", one, context["body"], flags=re.S)
 
 
@@ -248,6 +249,6 @@ def setup(app):
     app.connect("source-read", drop_empty_parts)
     app.connect("source-read", numbers_of_records)
     app.connect("include-read", readme)
-    app.connect("html-page-context", plain_parameters)
+    app.connect("html-page-context", mend_page)
     app.connect("html-page-context", downloads.add_button, priority=900)
     app.connect("build-finished", downloads.write)

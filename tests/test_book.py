@@ -268,9 +268,12 @@ def test_long_signatures_are_lines():
     pytest.importorskip("sphinx")
     import conf
     context = {"body": "<dl class='py'><dt>f(<dl>\n<dd><em>a</em>,</dd>\n<dd>b</dd>\n</dl>\n)</dt><dd>text</dd></dl>"}
-    conf.plain_parameters(None, "api/x", "page.html", context, None)
+    conf.mend_page(None, "api/x", "page.html", context, None)
     assert context["body"].count("<dl") == 1 and context["body"].count('class="llmfs-param"') == 2
     assert "<dd>text</dd>" in context["body"]
+    context = {"body": '<div class="citation" role="doc-biblioentry">'}
+    conf.mend_page(None, "bibliography", "page.html", context, None)
+    assert context["body"] == '<div class="citation" role="listitem">'
 
 
 def test_a_table_corner_gets_a_word():
