@@ -375,4 +375,5 @@ def killed(chapter):
 def test_most_small_mistakes_are_found(chapter):
     dead, alive = killed(chapter)
     print(f"{chapter}: {len(dead)} of {len(dead + alive)} mutants found")
-    assert len(dead) >= 4 * len(alive), "\n".join(alive)
+    # some mutants are right too: a longer hash, more random cases, a bound that is never met
+    assert len(alive) <= 3 + 0.1 * len(dead + alive), "\n".join(alive)
