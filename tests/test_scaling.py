@@ -129,6 +129,14 @@ def test_a_known_floor_narrows_the_interval():
     assert known.low > 1.2
 
 
+def test_an_interval_holds_the_scatter_of_single_runs():
+    y = disturbed(np.random.default_rng(0), made_up(N, D) - 1.2, 0.04)
+    law, inner = fit_law(y, 1.2, params=N, tokens=D), dict(params=1e6, tokens=1e7)
+    assert 0.025 < law.spread < 0.06
+    where = law.interval(**inner)
+    assert where.high - where.low > 2.4 * 0.025 * (law(**inner) - 1.2)
+
+
 def test_wider_shares_hold_narrower_ones_and_seeds_repeat():
     y = disturbed(np.random.default_rng(0), made_up(N, D) - 1.2, 0.04)
     law = fit_law(y, 1.2, params=N, tokens=D)
