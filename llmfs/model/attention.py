@@ -259,4 +259,3 @@ class Attention(_Heads):
         out = attend(q, k, v, mask, causal=True)  # (B, H, L, K)
         B, H, L, K = out.shape
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, H * K))
-

@@ -30,7 +30,6 @@ def _swish_gate(gate, h):
 
 _in_one_kernel = mx.compile(_swish_gate, shapeless=True)
 
-
 # %% ../../nbs/02c_model.block.ipynb #4f0207bf
 @mx.custom_function
 def _swiglu(gate, h):

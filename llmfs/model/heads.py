@@ -22,7 +22,7 @@ def split_plainly(
     rope: Rope | None,  # rotation; None: none
 ) -> tuple[mx.array, mx.array, mx.array]:  # (B, H, L, K), (B, G, L, K), (B, G, L, K)
     "Normalise and rotate queries and keys, in one pass over memory a step."
-    (B, L, width), H, G = qkv.shape, n_heads, n_kv_heads
+    (B, L, _), H, G = qkv.shape, n_heads, n_kv_heads
     heads = qkv.reshape(B, L, H + 2 * G, -1)
     q, k, v = mx.split(heads, [H, H + G], axis=2)
     if scales:

@@ -33,12 +33,20 @@ def adamw_step(
     weight_decay=0.0,  # share of the weight lost in a step, times the rate
 ):  # new p, m, v
     "One AdamW update (Loshchilov and Hutter 2019, algorithm 2)."
-    m = betas[0] * m + (1 - betas[0]) * g
-    v = betas[1] * v + (1 - betas[1]) * mx.square(g)
     fill1, fill2 = _fill(betas[0], step), mx.sqrt(_fill(betas[1], step))
-    if weight_decay:
-        p = p * (1 - lr * weight_decay)
-    return p - (lr * fill2 / fill1) * (m / (mx.sqrt(v) + eps * fill2)), m, v
+    decay = lr * weight_decay if weight_decay else None
+    return _adamw(p, g, m, v, lr * fill2 / fill1, eps * fill2, decay, betas)
+
+
+def _adamw(p, g, m, v, rate, eps, decay, betas, good=None):
+    "The same from what all arrays share; where not `good`, m and v stay (and rate is 0)."
+    m_old, m = m, betas[0] * m + (1 - betas[0]) * g
+    v_old, v = v, betas[1] * v + (1 - betas[1]) * mx.square(g)
+    if good is not None:
+        m, v = mx.where(good, m, m_old), mx.where(good, v, v_old)
+    if decay is not None:
+        p = p * (1 - decay)
+    return p - rate * (m / (mx.sqrt(v) + eps)), m, v
 
 # %% ../../nbs/03b_training.optimizer.ipynb #1c0ef462
 def decays(
@@ -106,8 +114,8 @@ def global_norm(
     on_cpu = mx.default_device() == mx.Device(mx.cpu)  # its BLAS sums 4 times faster
     squares = []
     for _, g in tree_flatten(grads):
-        g = g.astype(mx.float32).reshape(-1)
-        squares.append(mx.inner(g, g) if on_cpu else mx.square(g).sum())
+        g = g.astype(mx.float32)
+        squares.append(mx.inner(g.reshape(-1), g.reshape(-1)) if on_cpu else mx.square(g).sum())
     return mx.sqrt(mx.stack(squares).sum())
 
 
@@ -231,14 +239,17 @@ class Optimizer:
         model: nn.Module,  # gets new parameters
         grads: dict,  # tree of gradients, as `nn.value_and_grad` returns it
         lr_scale=1.0,  # multiplies every rate: number or array ()
+        shrink=None,  # multiplies every gradient: array (), for clipping
+        good=None,  # array () of bool: where False, nothing changes
     ):
         "One step. Raises ValueError where the gradients do not fit the parameters."
         params = dict(tree_flatten(model.trainable_parameters()))
         grads = dict(tree_flatten(grads))
         if odd := self.names ^ grads.keys():
             raise ValueError(f"optimizer and gradients do not agree about {min(odd)}")
-        self.state["step"] = self.state["step"] + 1
-        new = self._apply(params, grads, lr_scale)
+        self.state["step"] = self.state["step"] + (1 if good is None else good.astype(mx.int32))
+        given = {k: v for k, v in dict(shrink=shrink, good=good).items() if v is not None}
+        new = self._apply(params, grads, lr_scale, **given)
         model.update(tree_unflatten(list(new.items())))
 
     def load_state(
@@ -267,8 +278,8 @@ def _label(names):
     return names[0].replace(".", "/") + more
 
 # %% ../../nbs/03b_training.optimizer.ipynb #25a7568c
-class AdamW(Optimizer):
-    "AdamW for a whole model."
+class _Means(Optimizer):
+    "The running means, and which parameters share an update."
 
     def __init__(
         self,
@@ -293,13 +304,26 @@ class AdamW(Optimizer):
             zeros = mx.zeros_like(_gather(params, b, flat=True))
             self.state["m"][key], self.state["v"][key] = zeros, zeros
 
-    def _apply(self, params, grads, lr_scale):
+# %% ../../nbs/03b_training.optimizer.ipynb #f73dc6be
+class AdamW(_Means):
+    "AdamW for a whole model."
+
+    def _shared(self, lr_scale, good):
+        "Rate, eps and decay of this step: numbers that all arrays share"
+        lr = self.lr * lr_scale if good is None else mx.where(good, self.lr * lr_scale, 0.0)
+        t = mx.maximum(self.state["step"], 1).astype(mx.float32)
+        fill1, fill2 = (_fill(beta, t) for beta in self.betas)
+        shared = lr * mx.sqrt(fill2) / fill1, self.eps * mx.sqrt(fill2), mx.array(lr)
+        return mx.depends(list(shared), [t])  # one kernel computes them, not every one
+
+    def _apply(self, params, grads, lr_scale, shrink=None, good=None):
         new, m, v = {}, self.state["m"], self.state["v"]
-        t, lr = self.state["step"].astype(mx.float32), self.lr * lr_scale
+        rate, eps, lr = self._shared(lr_scale, good)
         for key, b, decay in self.groups:
             p, g = _gather(params, b, True), _gather(grads, b, True)
-            p, m[key], v[key] = adamw_step(
-                p, g, m[key], v[key], t, lr, self.betas, self.eps, decay)  # fmt: skip
+            g, decay = g if shrink is None else g * shrink, lr * decay if decay else None
+            p, m[key], v[key] = _adamw(
+                p, g, m[key], v[key], rate, eps, decay, self.betas, good)  # fmt: skip
             new |= _scatter(p, params, b, True)
         return new
 
@@ -312,8 +336,8 @@ def is_block_matrix(
     return p.ndim >= 2 and "layers." in name and "router" not in name
 
 # %% ../../nbs/03b_training.optimizer.ipynb #ce2fc971
-class Muon(AdamW):
-    "Muon for the matrices inside blocks, AdamW for everything else."
+class _Momentum(AdamW):
+    "The decayed sums of gradients, and which matrices share an update."
 
     def __init__(
         self,
@@ -340,12 +364,20 @@ class Muon(AdamW):
         zeros = {k: mx.zeros_like(_gather(params, b, False)) for k, b in self.stacks}
         self.state["momentum"] = zeros
 
-    def _apply(self, params, grads, lr_scale):
-        new, v = super()._apply(params, grads, lr_scale), self.state["momentum"]
+# %% ../../nbs/03b_training.optimizer.ipynb #247c4c8c
+class Muon(_Momentum):
+    "Muon for the matrices inside blocks, AdamW for everything else."
+
+    def _apply(self, params, grads, lr_scale, shrink=None, good=None):
+        new, v = super()._apply(params, grads, lr_scale, shrink, good), self.state["momentum"]
         options = dict(lr=self.muon_lr * lr_scale, weight_decay=self.weight_decay)
         for key, b in self.stacks:
-            p, g = _gather(params, b, False), _gather(grads, b, False)
-            p, v[key] = muon_step(p, g, v[key], **options, **self.options)
+            old = _gather(params, b, False), v[key]
+            g = _gather(grads, b, False)
+            g = g if shrink is None else g * shrink
+            p, v[key] = muon_step(old[0], g, v[key], **options, **self.options)
+            if good is not None:
+                p, v[key] = (mx.where(good, x, y) for x, y in zip((p, v[key]), old))
             new |= _scatter(p, params, b, False)
         return new
 
