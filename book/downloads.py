@@ -15,6 +15,7 @@ import measured
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 SOURCE = "git+https://github.com/llmfs/llmfs"
+RECORDS = "https://github.com/llmfs/llmfs/blob/main/nbs/results/"
 KIND = {"svg": "image/svg+xml", "png": "image/png"}
 BROUGHT = {"llmfs", "mlx", "numpy", "matplotlib", "tqdm", "tyro", "datasets", "pyarrow", "IPython",
            "matplotlib_inline"}  # fmt: skip  (llmfs and Jupyter install these)
@@ -69,7 +70,7 @@ def install_cell(name: str, version: str, cells: list[dict]) -> str:
 def records_cell(cells: list[dict]) -> str:
     "Code that writes the records a chapter reads; '' where it reads none."
     names = sorted({n for c in cells if c["cell_type"] == "code"
-                    for n in re.findall(r"results/([\w.-]+\.json)", text_of(c))})  # fmt: skip
+                    for n in re.findall(r"[\w.-]+\.json", text_of(c))})  # fmt: skip
     names = [n for n in names if (NBS / "results" / n).exists()]
     if not names:
         return ""
@@ -94,13 +95,16 @@ def attach(cell: dict, folder: Path) -> dict:
         return f"![{match[1]}](attachment:{path.name})"
 
     text = re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", one, text_of(cell))
+    text = re.sub(r"\]\((?:\.\./)?results/([^)\s]+)\)", rf"]({RECORDS}\1)", text)
     return cell | {"source": text.splitlines(True)} | ({"attachments": attachments} if attachments else {})
 
 
 def standalone(nb: dict, name: str, version: str, solutions: bool = True) -> dict:
     "The notebook as it is handed out."
     folder, made = (NBS / name).parent, []
-    given = [c for c in nb["cells"] if not has(c, "default_exp", "hide") and (solutions or not has(c, "solution"))]
+    about = set() if solutions else nbdev_reader.remarks(nb["cells"])
+    given = [c for i, c in enumerate(nb["cells"]) if not has(c, "default_exp", "hide")
+             and (solutions or not has(c, "solution")) and i not in about]
     labels = measured.labelled(nb["cells"])
     for cell in given:
         if cell["cell_type"] == "markdown":
@@ -108,7 +112,7 @@ def standalone(nb: dict, name: str, version: str, solutions: bool = True) -> dic
             made.append(attach(cell | {"source": text.splitlines(True), "metadata": {}}, folder))
         elif cell["cell_type"] == "code":
             text = re.sub(r"^#\|.*\n?", "", text_of(cell), flags=re.M).strip("\n")
-            text = text.replace("../results/", "results/")
+            text = text.replace("../results", "results")
             if has(cell, "slow", r"eval:\s*false"):
                 text = LONG + "\n".join(f"# {x}".rstrip() for x in text.split("\n"))
             if text:

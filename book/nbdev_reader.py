@@ -68,8 +68,9 @@ def draws(cell):
 
 
 def caption_below(cell):
-    "The text of a Markdown cell in italics, which is how a caption under a plot is written."
-    text = " ".join(cell.source.split()) if cell.cell_type == "markdown" else ""
+    "A Markdown cell's first paragraph, if it is in italics: how a caption under a plot is written."
+    first = cell.source.strip().partition("\n\n")[0] if cell.cell_type == "markdown" else ""
+    text = " ".join(first.split())
     found = re.match(r"([*_])(?!\1)(.+)\1$", text)
     return re.sub(r"[*_`$]", "", found[2]) if found else ""
 
@@ -107,6 +108,28 @@ def number_link(shown, file, key):
     return f'[{shown}]({RECORDS}{file.rpartition("/")[2]} "{key}"){{.measured}}'
 
 
+def remarks(cells):
+    "Places of the Markdown cells about a solution: below it, before the next heading."
+    found, within, solved = set(), False, False
+    for i, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "markdown":
+            solved = solved or within and source.startswith("#| solution")
+        elif source.startswith("#"):
+            within = source.startswith("## Exercises") or within and source.startswith("### ")
+            solved = False
+        elif solved:
+            found.add(i)
+    return found
+
+
+def folded(source):
+    "A remark that gives a solution away, behind a click."
+    if source.startswith("<details>"):
+        return source
+    return f"<details>\n<summary>Why</summary>\n\n{source}\n\n</details>"
+
+
 def read(text):
     "The notebook in `text`, ready for myst-nb."
     cells = NBProcessor(nb=dict2nb(json.loads(text))).nb.cells
@@ -114,11 +137,15 @@ def read(text):
                    if c.cell_type == "code" and "default_exp" in c.directives_), None)
     title = cells[0].source.split("\n")[0].lstrip("# ") if cells else ""
     introduced = set()
-    out, linked, printed = [], set(), measured.labelled(json.loads(text)["cells"])
-    for cell, below in zip(cells, [*cells[1:], None], strict=True):
+    raw = json.loads(text)["cells"]
+    out, linked, printed, about = [], set(), measured.labelled(raw), remarks(raw)
+    for i, (cell, below) in enumerate(zip(cells, [*cells[1:], None], strict=True)):
+        if i in about and not SOLUTIONS:
+            continue
         source, d = cell.source, cell.directives_ if cell.cell_type == "code" else {}
         if cell.cell_type == "markdown":
             source = terms.mark(measured.fill(source, printed, number_link), title, introduced)
+            source = folded(source) if i in about else source
             out.append(nbformat.v4.new_markdown_cell(source))
         elif cell.cell_type == "code" and source.strip():
             fold = prompt(d, source)

@@ -66,6 +66,15 @@ def test_a_book_without_solutions(monkeypatch):
     assert only("#| solution\nx = 1").metadata["tags"] == ["remove-cell"]
 
 
+def test_remarks_on_solutions_are_folded_and_leave_with_them(monkeypatch):
+    book = notebook("## Exercises", "### 1. A", "The task", "#| solution\nx = 1", "The reason", "### 2. B", "Another task")
+    shown = [c.source for c in reader.read(book).cells if "reason" in c.source]
+    assert shown == ["<details>\n<summary>Why</summary>\n\nThe reason\n\n</details>"]
+    monkeypatch.setattr(reader, "SOLUTIONS", False)
+    left = [c.source for c in reader.read(book).cells if c.cell_type == "markdown"]
+    assert left == ["## Exercises", "### 1. A", "The task", "### 2. B", "Another task"]
+
+
 def test_figures_have_caption_name_and_alt():
     meta = only("#| label: fig-a\n#| fig-cap: One claim: it falls.\nx = 1").metadata["mystnb"]
     assert meta["figure"] == {"caption": "One claim: it falls.", "name": "fig-a"}
@@ -116,8 +125,10 @@ def header(path):
         rows = [[x.strip() for x in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
                 for line in "".join(cell["source"]).splitlines() if line.startswith("|")]
         rows = [r for r in rows if any(r) and not re.fullmatch(r"[-: ]+", r[0])]
-        if rows and rows[0][0] == "needs":
-            return dict(zip(*rows[:2])) if len(rows[0]) > 2 else dict(rows)
+        if rows and any(x.startswith("minutes") for x in rows[0]) and len(rows) > 1:
+            return dict(zip(*rows[:2]))
+        if rows and any(r[0].startswith("minutes") for r in rows):
+            return {r[0]: r[1] for r in rows}
     return {}
 
 
@@ -127,7 +138,7 @@ NUMBERED = [p for p in CHAPTERS if p.parent == NBS]
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_the_table_on_top_is_complete(path):
     table = {k.split()[0]: v for k, v in header(path).items()}
-    wanted = {"needs", "minutes", "exports"} if path in NUMBERED else {"needs", "minutes"}
+    wanted = {"needs", "minutes", "exports"} if path in NUMBERED else {"minutes"}
     assert wanted <= set(table), f"{path.name}: its table has {sorted(table)}"
     assert all(table[k] for k in wanted)
     minutes = re.match(r"\d+(\.\d+)?", table["minutes"])
@@ -239,11 +250,13 @@ def test_every_download_is_a_notebook_and_python(path):
     nb = downloads.standalone(json.loads(path.read_text(encoding="utf-8")), name, "0", solutions=False)
     nbformat.validate(nbformat.reads(json.dumps(nb), as_version=4))
     compile(downloads.script(nb), name, "exec")
-    code = "\n".join("".join(c["source"]) for c in nb["cells"])
-    assert "../results" not in code and "\n#|" not in code and "](results/" not in code
+    text = "\n".join("".join(c["source"]) for c in nb["cells"])
+    code = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
+    assert "](results/" not in text and "](../results" not in text
+    assert "../results" not in code and "\n#|" not in code
     solutions = ["".join(c["source"]) for c in cells_of(path) if downloads.has(c, "solution")]
-    for text in solutions:
-        assert text.split("\n", 1)[1].strip() not in code, f"{name}: a solution is handed out"
+    for answer in solutions:
+        assert answer.split("\n", 1)[1].strip() not in code, f"{name}: a solution is handed out"
 
 
 # The configuration -----------------------------------------------------------------------
