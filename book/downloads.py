@@ -102,6 +102,7 @@ def attach(cell: dict, folder: Path) -> dict:
 def standalone(nb: dict, name: str, version: str, solutions: bool = True) -> dict:
     "The notebook as it is handed out."
     folder, made = (NBS / name).parent, []
+    import nbdev_reader
     about = set() if solutions else nbdev_reader.remarks(nb["cells"])
     given = [c for i, c in enumerate(nb["cells"]) if not has(c, "default_exp", "hide")
              and (solutions or not has(c, "solution")) and i not in about]
