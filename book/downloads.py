@@ -14,6 +14,7 @@ from pathlib import Path
 import measured
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
+TOOLS = NBS.parent / "tools"
 SOURCE = "git+https://github.com/llmfs/llmfs"
 RECORDS = "https://github.com/llmfs/llmfs/blob/main/nbs/results/"
 KIND = {"svg": "image/svg+xml", "png": "image/png"}
@@ -53,7 +54,7 @@ def other_packages(cells: list[dict]) -> list[str]:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
             found |= {n.split(".")[0] for n in names}
-    extra = found - BROUGHT - set(sys.stdlib_module_names)
+    extra = found - BROUGHT - set(sys.stdlib_module_names) - {p.stem for p in TOOLS.glob("*.py")}
     return sorted(PACKAGE.get(name, name) for name in extra)
 
 
@@ -68,18 +69,20 @@ def install_cell(name: str, version: str, cells: list[dict]) -> str:
 
 
 def records_cell(cells: list[dict]) -> str:
-    "Code that writes the records a chapter reads; '' where it reads none."
-    names = sorted({n for c in cells if c["cell_type"] == "code"
-                    for n in re.findall(r"[\w.-]+\.json", text_of(c))})  # fmt: skip
-    names = [n for n in names if (NBS / "results" / n).exists()]
-    if not names:
-        return ""
-    lines = ["# The records of long runs that this chapter reads.", "from pathlib import Path", "",
-             'Path("results").mkdir(exist_ok=True)']  # fmt: skip
-    for n in names:
+    "Code that writes what a chapter reads of the repository: records, tools; '' where it reads none."
+    code = "\n".join(text_of(c) for c in cells if c["cell_type"] == "code")
+    records = sorted({n for n in re.findall(r"[\w.-]+\.json", code) if (NBS / "results" / n).exists()})
+    tools = sorted({n for n in re.findall(r"^(?:import|from) (\w+)", code, re.M) if (TOOLS / f"{n}.py").exists()})
+    lines = ["# What this chapter reads of the repository: records of long runs, and programs that made them.",
+             "from pathlib import Path", ""]  # fmt: skip
+    if records:
+        lines.append('Path("results").mkdir(exist_ok=True)')
+    for n in records:
         record = json.loads((NBS / "results" / n).read_text(encoding="utf-8"))
         lines.append(f'Path("results/{n}").write_text({json.dumps(record)!r}, encoding="utf-8");')
-    return "\n".join(lines)
+    for n in tools:
+        lines.append(f'Path("{n}.py").write_text({(TOOLS / f"{n}.py").read_text(encoding="utf-8")!r}, encoding="utf-8");')
+    return "\n".join(lines) if records or tools else ""
 
 
 def attach(cell: dict, folder: Path) -> dict:
