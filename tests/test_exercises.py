@@ -86,6 +86,7 @@ def test_the_stored_solutions_are_right_and_the_tasks_name_what_they_ask_for(cha
         text = "\n".join(s for kind, s, _ in section if kind == "markdown")
         name = re.escape(find(number).name)
         assert re.search(rf"`{name}[`(]|### \d+\. .*{name}", text), f"{number} does not say {name}"
+        assert sum(f'check("{number}", ' in s for _, s, _ in section) == 1, f"{number} is checked twice"
         code, outputs = solution_of(number)[-1]
         assert code.startswith("#| solution\n"), number
         (checked,) = [m for m in CHECK.findall(code) if m[0] == number]
