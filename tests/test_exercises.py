@@ -16,11 +16,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 import llmfs  # noqa: F401  before mlx
 from llmfs.exercises import exercises, find, judge
 from llmfs.grading import check_file, outline
+
+import pytest
 
 REPO = Path(__file__).parent.parent
 NBS = REPO / "nbs"

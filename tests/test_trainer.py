@@ -19,12 +19,20 @@ from llmfs.model.transformer import GPT, GPTConfig
 from llmfs.tokenizer.vocab import CharTokenizer
 from llmfs.training.data_loader import DataLoader, TokenFile, write_tokens
 from llmfs.training.optimizer import make_optimizer
-from llmfs.training.step import RECIPES, TrainConfig, TrainStep, lr_scale, recipe
+from llmfs.training.step import (
+    RECIPES,
+    TrainConfig,
+    TrainStep,
+    lr_scale,
+    recipe,
+    recompute_layers,
+)
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 WORDS = ["anna", "ben", "sees", "takes", "a", "the", "cat", "hat", "and", "runs"]
 
@@ -607,3 +615,30 @@ def test_memory_is_steady(data, tmp_path):
     t.advance = advance
     t.fit()
     assert sizes[2300] < 1.02 * sizes[300]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_dropout_is_the_same_dropout(compiled):
+    "A step along the gradient of the layers changes the loss by its length, for the same masks"
+    shape = dict(n_layers=2, d_model=16, n_heads=2, max_seq_len=8, residual_init="plain")
+    cfg = GPTConfig(vocab_size=32, dropout=0.3, init_std=0.3, **shape)
+    mx.random.seed(0)
+    model = GPT(cfg)
+    recompute_layers(model)
+    model.train()
+    tokens = mx.random.randint(0, 32, (4, 8))
+    start = model.trainable_parameters()
+
+    def loss(params):
+        mx.random.seed(7)  # the same masks in every call
+        model.update(params)
+        return nn.losses.cross_entropy(model(tokens), tokens, reduction="mean")
+
+    f = mx.value_and_grad(loss)
+    _, grads = (mx.compile(f) if compiled else f)(start)
+    grads = tree_map_with_path(lambda n, g: g * n.startswith("layers"), grads)
+    squares = sum((g * g).sum() for _, g in tree_flatten(grads)).item()
+    eps = 3e-3 / squares**0.5
+    moved = [tree_map(lambda p, g: p + s * eps * g, start, grads) for s in (1, -1)]
+    slope = (loss(moved[0]).item() - loss(moved[1]).item()) / (2 * eps)
+    assert slope == pytest.approx(squares, rel=0.05)

@@ -80,6 +80,8 @@ class Router(nn.Module):
         self.weight = mx.random.normal((cfg.n_experts, cfg.d_model), scale=cfg.init_std)
         if cfg.balance == "bias":
             self.bias = mx.zeros(cfg.n_experts)
+        if cfg.router_noise:
+            self._seed = None  # of the noise, where it must come twice
 
     def __call__(
         self,
@@ -88,7 +90,7 @@ class Router(nn.Module):
         "Scores of all experts, and the chosen ones."
         cfg, logits = self.cfg, x.astype(mx.float32) @ self.weight.T  # (T, E)
         if cfg.router_noise and self.training:
-            logits = logits + cfg.router_noise * mx.random.normal(logits.shape)
+            logits = logits + cfg.router_noise * mx.random.normal(logits.shape, key=self._seed)
         soft = cfg.router == "softmax"
         score = mx.softmax(logits, axis=-1) if soft else mx.sigmoid(logits)
         rank = score + self.bias if cfg.balance == "bias" else score

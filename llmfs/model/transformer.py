@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .attention import KVCache, causal_mask
-from .block import MLP, Block, GPTConfig, gelu, make_norm
+from .block import MLP, Block, Dropout, GPTConfig, gelu, make_norm
 from .embedding import Rope, positions_in, sinusoids
 
 import mlx.core as mx
@@ -33,7 +33,7 @@ class _Parts(nn.Module):
         self.norm = make_norm(cfg)
         if not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
         init_weights(self)
 
     def _positions(self, L, segments, cache, dtype):

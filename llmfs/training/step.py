@@ -317,12 +317,16 @@ def recompute_layers(
     "Keep only each layer's input for the backward pass and compute the rest again"
     for layer in model.layers:
         kind, inner = type(layer), asking(layer)
+        draw = [m for m in layer.modules() if hasattr(m, "_seed")]
 
-        def run(self, x, mask=None, cache=None, kind=kind, inner=inner):
+        def run(self, x, mask=None, cache=None, kind=kind, inner=inner, draw=draw):
             params = dict(tree_flatten(self.trainable_parameters()))
+            seeds = mx.random.randint(0, 1 << 30, (len(draw), 2)) if draw and self.training else []
 
             def inside(x, *arrays):
                 self.update(tree_unflatten(list(zip(params, arrays))))
+                for module, seed in zip(draw, seeds):
+                    module._seed = seed.astype(mx.uint32)
                 y = kind.__call__(self, x, mask, cache)
                 extra = extra_loss(inner)
                 return [y] if extra is None else [y, extra]
