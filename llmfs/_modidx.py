@@ -1302,6 +1302,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'llmfs/training/prepare.py'),
                                         'llmfs.training.prepare.split_documents': ( 'training.prepare.html#split_documents',
                                                                                     'llmfs/training/prepare.py'),
+                                        'llmfs.training.prepare.table_rows': ( 'training.prepare.html#table_rows',
+                                                                               'llmfs/training/prepare.py'),
                                         'llmfs.training.prepare.token_path': ( 'training.prepare.html#token_path',
                                                                                'llmfs/training/prepare.py')},
             'llmfs.training.sharding': { 'llmfs.training.sharding.RowMuon': ( 'training.sharding.html#rowmuon',

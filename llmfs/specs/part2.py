@@ -60,6 +60,39 @@ def _(rng):
 def _():
     return "distance"
 
+# %% ../../nbs/07c_specs.part2.ipynb #aa35729d
+exercise = chapter("02a_model.heads")
+
+
+@exercise(6, "Bytes and time", "least_ms")
+def _():
+    one_way = 32 * 1024 * (12 + 12 + 12) * 64 * 2  # bytes
+    return 1000 * 2 * one_way / 3.35e12
+
+
+@exercise(7, "Turn back", "turn_back(d, offset)")
+def _(rng):
+    for K, offset in [(2, 0), (2, 1), (4, 3), (8, 100)]:
+        d = rng.normal(size=K)
+        pairs = d[: K // 2] + 1j * d[K // 2 :]
+        back = pairs * np.exp(-1j * offset * 10_000.0 ** (-np.arange(K // 2) / (K // 2)))
+        yield (d.tolist(), offset), [*back.real.tolist(), *back.imag.tolist()]
+
+# %% ../../nbs/07c_specs.part2.ipynb #d17e740a
+@exercise(8, "Through a norm", "norm_back(x, w, d)", rtol=1e-3)
+def _(rng):
+    for K in (1, 2, 5, 16):
+        x, w, d = rng.normal(size=(3, K))
+        y = lambda x: w * x / np.sqrt(np.mean(x * x))
+        slope = [(d @ y(x + e) - d @ y(x - e)) / 2e-5 for e in 1e-5 * np.eye(K)]
+        yield (x, w, d), np.array(slope)
+
+
+@exercise(9, "Threads of a row", "rows_of_block(K)")
+def _(rng):
+    for K, rows in [(16, 32), (32, 16), (64, 8), (128, 4), (48, 0), (256, 0), (8, 0)]:
+        yield (K,), rows
+
 # %% ../../nbs/07c_specs.part2.ipynb #8c714f89
 exercise = chapter("02b_model.attention")
 

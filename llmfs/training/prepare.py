@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_documents', 'choose_vocab_size', 'make_tokenizer', 'token_path', 'encode_texts', 'pick_mode', 'save_run_files',
-           'load_run_files', 'read_texts', 'corpus_file', 'run_text', 'new_run', 'continue_run']
+           'load_run_files', 'read_texts', 'corpus_file', 'run_text', 'table_rows', 'new_run', 'continue_run']
 
 # %% ../../nbs/03g_training.prepare.ipynb #94f21d89
 import json
@@ -211,6 +211,17 @@ def _told(told):
     "What rank 0 made, as the other ranks open it."
     return load_tokenizer(told[0]), *map(TokenFile, told[1:])
 
+# %% ../../nbs/03g_training.prepare.ipynb #22ef67a9
+def table_rows(
+    n_ids: int,  # of a tokenizer
+    backend: str | None = None,  # "cuda", "metal", "cpu"; None: this machine's
+) -> int:
+    "Rows of the embedding table: on CUDA a multiple of 64, elsewhere as many as ids."
+    from llmfs.hardware import hardware
+
+    backend = backend or hardware().backend
+    return -(-n_ids // 64) * 64 if backend == "cuda" else n_ids
+
 # %% ../../nbs/03g_training.prepare.ipynb #80a1381d
 def new_run(
     model_size: str,  # one of PRESETS
@@ -241,7 +252,7 @@ def new_run(
         return made, [tok.to_dict(), *(str(f.path) for f in files)]
 
     tok, train, validation = ranks.in_turn(first, _told)
-    shape = preset(model_size, vocab_size=tok.vocab_size, **length)
+    shape = preset(model_size, vocab_size=table_rows(tok.vocab_size), **length)
     cfg = recipe(model_size, shape, world_size=ranks.size, **values)
     cfg = replace(cfg, mode=pick_mode(train.header, cfg.seq_len))
     mx.random.seed(cfg.seed)
