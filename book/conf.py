@@ -185,6 +185,15 @@ def plain_types(app, what, name, obj, options, signature, returns):
     return signature, returns
 
 
+def forget_pages(app, exception):
+    "Pages of chapters that are gone or have another name."
+    made = {"genindex", "search", "py-modindex"} | set(app.env.found_docs)
+    for page in Path(app.outdir).rglob("*.html"):
+        name = page.relative_to(app.outdir).with_suffix("").as_posix()
+        if not exception and not name.startswith("_") and name not in made:
+            page.unlink()
+
+
 def mend_page(app, pagename, templatename, context, doctree):
     "What axe minds in what others write: lists of definitions without terms, a role that was taken back."
     def one(match):
@@ -252,3 +261,4 @@ def setup(app):
     app.connect("html-page-context", mend_page)
     app.connect("html-page-context", downloads.add_button, priority=900)
     app.connect("build-finished", downloads.write)
+    app.connect("build-finished", forget_pages)

@@ -289,6 +289,19 @@ def test_long_signatures_are_lines():
     assert context["body"] == '<div class="citation" role="listitem">'
 
 
+def test_pages_of_chapters_that_are_gone_go(tmp_path):
+    pytest.importorskip("sphinx")
+    from types import SimpleNamespace
+
+    import conf
+    kept = ["a.html", "api/b.html", "search.html", "_static/x.html"]
+    for name in [*kept, "old.html"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    conf.forget_pages(SimpleNamespace(outdir=tmp_path, env=SimpleNamespace(found_docs={"a", "api/b"})), None)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.html")) == sorted(kept)
+
+
 def test_a_table_corner_gets_a_word():
     pytest.importorskip("sphinx")
     import conf
