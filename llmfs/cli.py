@@ -400,15 +400,15 @@ class Plan(Command):
 
     model_size: str = "tiny"  # a preset
     vocab_size: int = 50_257  # tokens
-    chip: str | None = None  # predict for "M1 Max" and others; default: measure this machine
+    chip: Name = None  # predict for "M1 Max" and others; default: measure this machine
     memory_gb: Float = None  # GiB of the machine
     batch_size: Int = None  # sequences at once
     grad_accum: Int = None  # batches added up for a step
     seq_len: Int = None  # tokens in a sequence
     max_steps: Int = None  # optimizer steps
-    precision: Name = None  # float32, bfloat16, float16
+    precision: str = "auto"  # of the computation: float32, bfloat16, float16
     optimizer: Name = None  # muon, adamw
-    grad_checkpoint: bool | None = None  # recompute activations
+    grad_checkpoint: bool = False  # recompute activations
 
     def run(self) -> None:
         from llmfs.hardware import require_mlx
@@ -419,7 +419,7 @@ class Plan(Command):
 
         names = ("batch_size grad_accum seq_len max_steps precision optimizer "
                  "grad_checkpoint").split()
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) or None for name in names}
         memory = self.memory_gb and self.memory_gb * 2**30
         found = plan(self.model_size, self.vocab_size, self.chip, memory, **given)
         self.say(words(found))
