@@ -218,11 +218,12 @@ def test_any_number_equals_one(data, n, optimizer):
 
 def killed(data, out, victim, **more):
     "Kill one of two ranks after a checkpoint; how long the other lives, its code and its lines"
-    ranks = program(data, 2, dict(out=out, train=dict(max_steps=10_000), pause=0.02, **more))
+    run = dict(out=out, train=dict(max_steps=10_000), pause=0.02, watch=dict(patience=15))
+    ranks = program(data, 2, run | more)
     wait_for(data / out / "step_0000010.npz")
     ranks.p[victim].kill()
     start = time.time()
-    code = ranks.p[1 - victim].wait(30)
+    code = ranks.p[1 - victim].wait(40)
     seconds = time.time() - start
     _, said = ranks.end()
     return seconds, code, said[1 - victim]
@@ -232,7 +233,8 @@ def killed(data, out, victim, **more):
 def test_a_killed_rank_ends_the_other_and_the_checkpoint_goes_on(runs, victim, shard):
     out = f"killed-{victim}"
     seconds, code, said = killed(runs, out, victim, shard=shard)
-    assert seconds < 10 and code == 5
+    # at once, as a rule; on a busy machine MLX may wait on, and patience ends it
+    assert seconds < 25 and code == 5
     assert said == [f"llmfs: rank {1 - victim} of 2 ends: another rank is gone or silent; "
                     f"go on with --resume --out {out}"]  # fmt: skip
     at = load_checkpoint(runs / out / "last.npz").step

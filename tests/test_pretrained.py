@@ -360,7 +360,8 @@ def test_every_pair_that_makes_a_token_may_be_listed():
 def test_whatever_is_trained_by_default_has_a_shape():
     from llmfs.quickstart import Quickstart
 
-    assert [export_shape(preset(size)) for size in PRESETS] == ["qwen3"] * len(PRESETS)
+    dense = [size for size in PRESETS if not size.startswith("moe-")]  # mixtures: test_moe
+    assert [export_shape(preset(size)) for size in dense] == ["qwen3"] * 6
     q = Quickstart()
     assert export_shape(GPTConfig(n_layers=q.n_layers, d_model=q.d_model, n_heads=q.n_heads, d_ff=q.d_ff))
 

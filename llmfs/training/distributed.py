@@ -273,8 +273,8 @@ class Ranks(_Words, _Together, _News, _Sums, _Weights, OneProcess):
         return super().open_log(folder, n_bytes) if self.rank == 0 else _Silence()
 
 # %% ../../nbs/03f_training.distributed.ipynb #1ee85897
-class Watch:
-    "Ends this process where it waits in vain for another one"
+class _Watch:
+    "When a wait is over"
     def __init__(
         self,
         words,  # gives the line that it says then
@@ -297,7 +297,9 @@ class Watch:
         return asked or (not self.paused and now > self.beat + self.patience)
 
 # %% ../../nbs/03f_training.distributed.ipynb #101543c6
-class Watch(Watch):
+class Watch(_Watch):
+    "Ends this process where it waits in vain for another one"
+
     def start(self):
         "Watch from a thread: while MLX waits, no signal handler of Python's runs"
         hear, speak = socket.socketpair()
@@ -333,6 +335,8 @@ def _is_loss(e):
 
 # %% ../../nbs/03f_training.distributed.ipynb #bbf519d5
 class Ranks(Ranks):
+    "The processes of a run; each holds the whole model and takes its rows of every batch"
+
     @contextmanager
     def guard(self, folder=None):
         "Inside, a broken connection is a LostRank; what ends all ranks is said by rank 0"

@@ -94,8 +94,8 @@ def _bundle_up(optimizer, found):
         optimizer.state.setdefault(slot, {})[key] = bundled(values, names, flat)
 
 # %% ../../nbs/03f_training.sharding.ipynb #9c2c40f1
-class Shards(Ranks):
-    "Ranks of which each holds its rows of the blocks' weights, gradients and optimizer state"
+class _Exchange(Ranks):
+    "What a step asks when weights are shared"
     def mean(self, tree):
         "Gradients of parts arrive as means: MLX exchanged them on the way back"
         loss, grads = tree
@@ -113,7 +113,9 @@ class Shards(Ranks):
         return mx.sqrt(parts + mx.square(rest))
 
 # %% ../../nbs/03f_training.sharding.ipynb #a3690caa
-class Shards(Shards):
+class _Holding(_Exchange):
+    "Cutting a model into parts"
+
     def hold(self, model, optimizer):
         "This rank's rows of a model and its optimizer, cut layer by layer"
         _complete(self.group)
@@ -143,7 +145,9 @@ class Shards(Shards):
         return mx.contiguous(mx.split(a, self.size)[self.rank]) if is_part(name) else a
 
 # %% ../../nbs/03f_training.sharding.ipynb #ec64e29e
-class Shards(Shards):
+class Shards(_Holding):
+    "Ranks of which each holds its rows of the blocks' weights, gradients and optimizer state"
+
     def whole(self, model, optimizer):
         "For rank 0 all weights and all of the optimizer's state; nothing for the others"
         parts = dict(tree_flatten(model.parameters()))
