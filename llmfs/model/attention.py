@@ -10,6 +10,7 @@ import math
 
 from .embedding import Rope
 from .heads import fits_kernel, split_heads
+from .linear import Linear, products, project
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -208,10 +209,10 @@ class _Projections(nn.Module):
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"d_model={d_model}: no multiple of n_heads={n_heads}")
         self.n_heads, self.n_kv_heads, self.head_dim, self.rope = n_heads, G, K, rope
-        self.q_proj = nn.Linear(d_model, n_heads * K, bias=bias)
-        self.k_proj = nn.Linear(d_model, G * K, bias=bias)
-        self.v_proj = nn.Linear(d_model, G * K, bias=bias)
-        self.o_proj = nn.Linear(n_heads * K, d_model, bias=bias)
+        self.q_proj = Linear(d_model, n_heads * K, bias=bias)
+        self.k_proj = Linear(d_model, G * K, bias=bias)
+        self.v_proj = Linear(d_model, G * K, bias=bias)
+        self.o_proj = Linear(n_heads * K, d_model, bias=bias)
         if qk_norm:
             self.q_norm = nn.RMSNorm(K, eps=norm_eps)
             self.k_norm = nn.RMSNorm(K, eps=norm_eps)
@@ -221,9 +222,9 @@ class _Heads(_Projections):
     def _step_by_step(self, x, cache):
         B, L, D = x.shape
         H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
-        q = self.q_proj(x).reshape(B, L, H, K)
-        k = self.k_proj(x).reshape(B, L, G, K)
-        v = self.v_proj(x).reshape(B, L, G, K).swapaxes(1, 2)  # (B, G, L, K)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k = q.reshape(B, L, H, K), k.reshape(B, L, G, K)
+        v = v.reshape(B, L, G, K).swapaxes(1, 2)  # (B, G, L, K)
         if "q_norm" in self:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)  # (B, H, L, K), (B, G, L, K)
@@ -239,7 +240,8 @@ class _Heads(_Projections):
         norms = (self.q_norm, self.k_norm) if "q_norm" in self else ()
         scales = tuple(norm.weight for norm in norms) or None
         eps = norms[0].eps if norms else 0.0
-        return split_heads(x @ w.T, self.n_heads, self.n_kv_heads, scales, eps, self.rope)
+        (qkv,) = products(x, w)
+        return split_heads(qkv, self.n_heads, self.n_kv_heads, scales, eps, self.rope)
 
 # %% ../../nbs/02b_model.attention.ipynb #d8abf5d2
 class Attention(_Heads):

@@ -12,6 +12,7 @@ from typing import Literal
 
 from .attention import Attention, KVCache, sigmoid
 from .embedding import Rope
+from .linear import Linear, project
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,7 @@ def gelu(
     return x * sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * (x * x * x)))
 
 # %% ../../nbs/02c_model.block.ipynb #dbe3dd7f
-def _swish_gate(gate, h):
+def _swish_gate(h, gate):
     return gate * sigmoid(gate) * h
 
 
@@ -32,17 +33,17 @@ _in_one_kernel = mx.compile(_swish_gate, shapeless=True)
 
 # %% ../../nbs/02c_model.block.ipynb #4f0207bf
 @mx.custom_function
-def _swiglu(gate, h):
-    return _in_one_kernel(gate, h)
+def _swiglu(h, gate):
+    return _in_one_kernel(h, gate)
 
 
 @_swiglu.vjp
 def _swiglu_vjp(primals, d, y):
-    gate, h = mx.depends(list(primals), [d])
+    h, gate = mx.depends(list(primals), [d])
+    dh = d * (gate * mx.sigmoid(gate))
+    gate, d = mx.depends([gate, d], [dh])  # or both kernels would share, and wait for, parts
     s = mx.sigmoid(gate)
-    d = d * s
-    dh = d * gate
-    return h * (d + dh * (1 - s)), dh
+    return dh, h * d * (s * (1 + gate * (1 - s)))
 
 # %% ../../nbs/02c_model.block.ipynb #9f7418eb
 @mx.custom_function
@@ -67,16 +68,27 @@ def _relu2_vjp(x, d, y):
     return d * (2 * mx.maximum(mx.depends(x, d), 0))
 
 # %% ../../nbs/02c_model.block.ipynb #868b74c7
+def _relu2_plainly(x):
+    return mx.square(mx.maximum(x, 0))
+
+
+_PLAIN = dict(swiglu=_swish_gate, gelu=gelu, relu2=_relu2_plainly)
+_FUSED = dict(swiglu=_in_one_kernel,
+              gelu=mx.compile(gelu, shapeless=True),
+              relu2=mx.compile(_relu2_plainly, shapeless=True))  # fmt: skip
+_TRAINED = dict(swiglu=_swiglu, gelu=_gelu, relu2=_relu2)
+
+
 def activate(
     name: str,  # "swiglu", "gelu" or "relu2"
     h: mx.array,  # (..., F) values
     gate: mx.array | None = None,  # (..., F), for swiglu
+    training: bool = True,  # a backward pass may follow
 ) -> mx.array:  # (..., F)
-    "Bend values; on a GPU with the backward pass above."
-    if mx.default_device() == mx.cpu:
-        relu2 = lambda x: mx.square(mx.maximum(x, 0))
-        return _swish_gate(gate, h) if name == "swiglu" else dict(gelu=gelu, relu2=relu2)[name](h)
-    return _swiglu(gate, h) if name == "swiglu" else dict(gelu=_gelu, relu2=_relu2)[name](h)
+    "Bend values; on a GPU in one kernel, and with the backward pass above."
+    on_gpu = mx.default_device() != mx.cpu
+    way = (_TRAINED if training else _FUSED) if on_gpu else _PLAIN
+    return way[name](h) if gate is None else way[name](h, gate)
 
 # %% ../../nbs/02c_model.block.ipynb #c34fd3c8
 class MLP(nn.Module):
@@ -92,17 +104,20 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = activation
         if activation == "swiglu":
-            self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+            self.gate_proj = Linear(d_model, d_ff, bias=bias)
+        self.up_proj = Linear(d_model, d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, d_model, bias=bias)
 
     def __call__(
         self,
         x: mx.array,  # (B, L, D)
     ) -> mx.array:  # (B, L, D)
         "Bend each position on its own."
-        gate = self.gate_proj(x) if self.activation == "swiglu" else None
-        return self.down_proj(activate(self.activation, self.up_proj(x), gate))
+        if self.activation == "swiglu":
+            gate, h = project(x, self.gate_proj, self.up_proj)
+        else:
+            gate, h = None, self.up_proj(x)
+        return self.down_proj(activate(self.activation, h, gate, self.training))
 
 # %% ../../nbs/02c_model.block.ipynb #d536f751
 @dataclass(frozen=True)

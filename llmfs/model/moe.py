@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .block import MLP, GPTConfig, activate
+from .linear import products
 from .router import Choice, Router, Routing, balance_terms
 from .transformer import GPT, PRESETS
 
@@ -160,14 +161,14 @@ class Experts(nn.Module):
         self,
         x: mx.array,  # rows, sorted by expert
         weight: mx.array,  # how much each row counts
-        times,  # times(x, w): each row with its expert's matrix, w (E, in, out)
+        times,  # times(x, *w): each row with its expert's matrix of each w, (E, out, in)
     ) -> mx.array:  # as x
         "Each row through its own expert, and weighed."
-        turned = lambda stack: stack.weight.swapaxes(1, 2)
         gated = self.activation == "swiglu"
-        gate = times(x, turned(self.gate_proj)) if gated else None
-        h = activate(self.activation, times(x, turned(self.up_proj)), gate)
-        return times(h * weight.astype(h.dtype), turned(self.down_proj))
+        inward = [self.gate_proj, self.up_proj] if gated else [self.up_proj]
+        *gate, h = times(x, *(stack.weight for stack in inward))
+        h = activate(self.activation, h, *gate, training=self.training)
+        return times(h * weight.astype(h.dtype), self.down_proj.weight)[0]
 
 # %% ../../nbs/05b_model.moe.ipynb #19f4d37a
 def run_loop(
@@ -187,9 +188,10 @@ def run_loop(
         ) from None
     ends = np.cumsum(counts)[:-1].tolist()
 
-    def times(x, w):
-        parts = zip(mx.split(x, ends), mx.split(w, E))
-        return mx.concatenate([rows @ m.squeeze(0) for rows, m in parts])
+    def times(x, *weights):
+        rows = mx.split(x, ends)
+        each = lambda w: [r @ m.squeeze(0).T for r, m in zip(rows, mx.split(w, E))]
+        return [mx.concatenate(each(w)) for w in weights]
 
     rows = _spread(x, plan.token, plan.slots)
     return _collect(experts(rows, plan.weight, times), plan.token, plan.slots)
@@ -204,7 +206,9 @@ def run_gather(
     "Sorted rows, each with the number of its expert."
     plan, expert = plan_sorted(choice, experts.up_proj.weight.shape[0])
     expert = mx.stop_gradient(expert)
-    times = lambda x, w: mx.gather_mm(x, w, rhs_indices=expert, sorted_indices=True)
+    options = dict(rhs_indices=expert, sorted_indices=True)
+    turned = lambda weights: (w.swapaxes(1, 2) for w in weights)
+    times = lambda x, *w: [mx.gather_mm(x, v, **options) for v in turned(w)]
     rows = _spread(x, plan.token, plan.slots)[:, None]  # (S, 1, D)
     y = experts(rows, plan.weight[:, None], times)[:, 0]
     return _collect(y, plan.token, plan.slots)
@@ -253,7 +257,7 @@ def run_batched(
     C = room(T, k, E, capacity)
     plan = plan_capacity(choice, E, C)
     rows = _spread(x, plan.token, plan.slots).reshape(E, C, D)
-    y = experts(rows, plan.weight.reshape(E, C, 1), mx.matmul)
+    y = experts(rows, plan.weight.reshape(E, C, 1), products)
     return _collect(y.reshape(E * C, D), plan.token, plan.slots)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from .attention import KVCache, causal_mask
 from .block import MLP, Block, Dropout, GPTConfig, gelu, make_norm
 from .embedding import Rope, positions_in, sinusoids
+from .linear import Embedding, Linear
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,15 +27,20 @@ class _Parts(nn.Module):
         super().__init__()
         self.cfg = cfg
         rope = Rope(cfg.head_dim, cfg.rope_theta) if cfg.positions == "rope" else None
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.positions == "learned":
             self.embed_positions = nn.Embedding(cfg.max_seq_len, cfg.d_model)
         self.layers = [Block(cfg, rope) for _ in range(cfg.n_layers)]
         self.norm = make_norm(cfg)
         if not cfg.tie_embeddings:
-            self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+            self.lm_head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.dropout = Dropout(cfg.dropout)
         init_weights(self)
+
+    @property
+    def head(self) -> mx.array:  # (V, D)
+        "The matrix that turns features into logits."
+        return (self.embed_tokens if self.cfg.tie_embeddings else self.lm_head).weight
 
     def _positions(self, L, segments, cache, dtype):
         cfg, offset = self.cfg, cache.offset if cache else 0

@@ -107,16 +107,25 @@ def _ramp(step, max_steps, warmup, peak, final, shape):
 SCHEDULES = dict(cosine=warmup_cosine, linear=warmup_linear, constant=constant)
 
 # %% ../../nbs/03b_training.optimizer.ipynb #c98489c7
+_ROW, _MOST = 4096, 65_535  # numbers in a product; products at once, on CUDA
+
+
+def _squares(g):
+    "Sums (n,) that add up to that of its squares, by products: they are faster."
+    on_cpu, odd = mx.default_device() == mx.Device(mx.cpu), g.size % _ROW or g.size > _MOST * _ROW
+    if on_cpu or odd or g.dtype == mx.float16:  # whose squares would overflow
+        g = g.reshape(-1).astype(mx.float32)
+        return (mx.inner(g, g) if on_cpu else mx.square(g).sum()).reshape(1)
+    rows = g.reshape(-1, 1, _ROW)
+    return (rows @ rows.reshape(-1, _ROW, 1)).reshape(-1)
+
+
 def global_norm(
     grads,  # tree of arrays
 ):  # float32, ()
     "Length of all gradients taken as one vector."
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)  # its BLAS sums 4 times faster
-    squares = []
-    for _, g in tree_flatten(grads):
-        g = g.astype(mx.float32)
-        squares.append(mx.inner(g.reshape(-1), g.reshape(-1)) if on_cpu else mx.square(g).sum())
-    return mx.sqrt(mx.stack(squares).sum())
+    sums = [_squares(g) for _, g in tree_flatten(grads)]
+    return mx.sqrt(mx.concatenate(sums).astype(mx.float32).sum())
 
 
 def clip_by_global_norm(
@@ -140,7 +149,7 @@ def _polynomial(gram, steps, coefficients):
     a, b, c = coefficients
     eye, total = a * mx.eye(gram.shape[-1]), None
     for i in range(steps):
-        q = mx.addmm(b * gram, gram, gram, alpha=c) + eye
+        q = mx.addmm(gram, gram, gram, alpha=c, beta=b) + eye
         total = q if total is None else q @ total
         if i < steps - 1:
             gram = q @ (gram @ q)
@@ -154,20 +163,30 @@ def orthogonalize(
     x,  # matrices (..., m, n), each on its own
     steps=5,  # rounds, at least 1
     coefficients=QUINTIC,  # a, b, c of a x + b x³ + c x⁵
-):  # (..., m, n), singular values mostly between 0.7 and 1.2
+    dtype=mx.float32,  # of the products; bfloat16 where the device multiplies it faster
+):  # (..., m, n) in dtype, singular values mostly between 0.7 and 1.2
     "Bring every singular value near 1 by the Newton-Schulz iteration: products only."
     m, n = x.shape[-2:]
+    if dtype != mx.float32:
+        squares = mx.square(x).sum(-1, keepdims=True).sum(-2, keepdims=True)
+        size = mx.sqrt(squares) + 1e-7
+        return _rounds((x / size).astype(dtype), None, steps, coefficients)
     gram = _gram(x)
     size = mx.sqrt(mx.diagonal(gram, 0, -2, -1).sum(-1)[..., None, None]) + 1e-7
     if max(m, n) >= 2 * min(m, n):
         p = _polynomial(gram / mx.square(size), steps, coefficients) / size
         return p @ x if m <= n else x @ p
+    return _rounds(x / size, gram / mx.square(size), steps, coefficients)
+
+
+def _rounds(x, gram, steps, coefficients):
+    "One after the other, on x of length 1; gram: where it is known."
     a, b, c = coefficients
-    x, gram = x / size, gram / mx.square(size)
+    wide = x.shape[-2] <= x.shape[-1]
     for i in range(steps):
-        gram = _gram(x) if i else gram
-        p = mx.addmm(b * gram, gram, gram, alpha=c)
-        x = mx.addmm(x, p, x, beta=a) if m <= n else mx.addmm(x, x, p, beta=a)
+        gram = _gram(x) if i or gram is None else gram
+        p = mx.addmm(gram, gram, gram, alpha=c, beta=b)
+        x = mx.addmm(x, p, x, beta=a) if wide else mx.addmm(x, x, p, beta=a)
     return x
 
 # %% ../../nbs/03b_training.optimizer.ipynb #6e5b3443
@@ -180,13 +199,26 @@ def muon_step(
     nesterov=True,  # look one step ahead
     ns_steps=5,  # rounds of Newton-Schulz
     weight_decay=0.0,  # decoupled, as in AdamW
+    ns_dtype=mx.float32,  # of Newton-Schulz's products
 ):  # new p, v
     "One Muon update (Jordan et al. 2024)."
+    x, v = _push(g, v, momentum, nesterov)
+    return _descend(p, _sized(orthogonalize(x, ns_steps, dtype=ns_dtype)), lr, weight_decay), v
+
+
+def _push(g, v, momentum, nesterov):
+    "Where to go, and the sum of gradients"
     v = momentum * v + g
-    update = orthogonalize(g + momentum * v if nesterov else v, ns_steps)
-    if weight_decay:
-        p = p * (1 - lr * weight_decay)
-    return p - lr * max(1, p.shape[-2] / p.shape[-1]) ** 0.5 * update, v
+    return (g + momentum * v if nesterov else v), v
+
+
+def _sized(x):
+    "A step of the same length for tall matrices"
+    return x * max(1, x.shape[-2] / x.shape[-1]) ** 0.5
+
+
+def _descend(p, x, lr, weight_decay):
+    return (p * (1 - lr * weight_decay) if weight_decay else p) - lr * x
 
 # %% ../../nbs/03b_training.optimizer.ipynb #8329b0fb
 _VECTOR = 1 << 18  # elements of small arrays that share one vector
@@ -227,7 +259,7 @@ def _scatter(x, params, names, flat):
     elif flat:
         parts = mx.split(x, np.cumsum([p.size for p in old[:-1]]).tolist())
     else:
-        parts = [x[i] for i in range(len(names))]
+        parts = mx.split(x, len(names))
     return {n: a.reshape(p.shape).astype(p.dtype) for n, p, a in zip(names, old, parts)}
 
 # %% ../../nbs/03b_training.optimizer.ipynb #9981db3f
@@ -350,11 +382,16 @@ class _Momentum(AdamW):
         momentum=0.95,  # of the Muon part
         nesterov=True,  # of the Muon part
         ns_steps=5,  # rounds of Newton-Schulz, at least 1
+        ns_dtype=None,  # of their products; None: bfloat16 on CUDA, else float32
     ):
         if ns_steps < 1:
             raise ValueError(f"ns_steps must be at least 1, not {ns_steps}")
         self.muon_lr = muon_lr
-        self.options = dict(momentum=momentum, nesterov=nesterov, ns_steps=ns_steps)
+        if ns_dtype is None:
+            fast = mx.default_device() == mx.gpu and mx.cuda.is_available()
+            ns_dtype = mx.bfloat16 if fast else mx.float32
+        self.options = dict(
+            momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, ns_dtype=ns_dtype)  # fmt: skip
         super().__init__(model, lr, betas, eps, weight_decay)
 
     def _plan(self, names, params):
@@ -370,16 +407,21 @@ class Muon(_Momentum):
 
     def _apply(self, params, grads, lr_scale, shrink=None, good=None):
         new, v = super()._apply(params, grads, lr_scale, shrink, good), self.state["momentum"]
-        options = dict(lr=self.muon_lr * lr_scale, weight_decay=self.weight_decay)
-        for key, b in self.stacks:
-            old = _gather(params, b, False), v[key]
-            g = _gather(grads, b, False)
-            g = g if shrink is None else g * shrink
-            p, v[key] = muon_step(old[0], g, v[key], **options, **self.options)
-            if good is not None:
-                p, v[key] = (mx.where(good, x, y) for x, y in zip((p, v[key]), old))
-            new |= _scatter(p, params, b, False)
+        lr, how = self.muon_lr * lr_scale, (self.options["momentum"], self.options["nesterov"])
+        for key, names in self.stacks:
+            g, old = _gather(grads, names, False), v[key]
+            x, m = _push(g if shrink is None else g * shrink, old, *how)
+            v[key] = m if good is None else mx.where(good, m, old)
+            x = self._orthogonal(x, names, params)
+            for name, part in zip(names, mx.split(x, len(names)) if len(names) > 1 else [x]):
+                p = params[name]
+                q = _descend(p.astype(mx.float32), part.reshape(p.shape), lr, self.weight_decay)
+                new[name] = (q if good is None else mx.where(good, q, p)).astype(p.dtype)
         return new
+
+    def _orthogonal(self, x, names, params):
+        "Of the stack of these parameters' gradients, sized"
+        return _sized(orthogonalize(x, self.options["ns_steps"], dtype=self.options["ns_dtype"]))
 
 # %% ../../nbs/03b_training.optimizer.ipynb #0165d5a9
 def make_optimizer(

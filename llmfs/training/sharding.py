@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 # %% ../../nbs/03f_training.sharding.ipynb #d580b519
 from .distributed import Ranks
-from .optimizer import AdamW, Muon, global_norm, orthogonalize
+from .optimizer import Muon, global_norm
 from .optimizer import _gather as bundled
 from .optimizer import _scatter as unbundled
 
@@ -48,25 +48,12 @@ def plain(name: str) -> str:
 # %% ../../nbs/03f_training.sharding.ipynb #0e52627d
 class RowMuon(Muon):
     "Muon for matrices of which each rank holds some rows"
-    def _apply(self, params, grads, lr_scale, shrink=None, good=None):
-        new, v = AdamW._apply(self, params, grads, lr_scale, shrink, good), self.state["momentum"]
-        keep, lr = self.options["momentum"], self.muon_lr * lr_scale
-        for key, names in self.stacks:
-            p, g, old = bundled(params, names, False), bundled(grads, names, False), v[key]
-            g = g if shrink is None else g * shrink
-            m = keep * old + g
-            x = self.update_of(g + keep * m if self.options["nesterov"] else m, names, params)
-            q = p * (1 - lr * self.weight_decay) - lr * x
-            v[key], q = (m, q) if good is None else (mx.where(good, m, old), mx.where(good, q, p))
-            new |= unbundled(q, params, names, False)
-        return new
-
-    def update_of(self, x, names, params):
-        "This rank's rows of the orthogonal matrix, in the size that Muon gives it"
-        split = is_part(names[0]) and params[names[0]].ndim == 2
-        x = orthogonalize(self.all_rows(x) if split else x, self.options["ns_steps"])
-        x = x * max(1, x.shape[-2] / x.shape[-1]) ** 0.5
-        return mx.split(x, self.group.size(), axis=-2)[self.group.rank()] if split else x
+    def _orthogonal(self, x, names, params):
+        "This rank's rows of it"
+        if not (is_part(names[0]) and params[names[0]].ndim == 2):
+            return super()._orthogonal(x, names, params)
+        x = super()._orthogonal(self.all_rows(x), names, params)
+        return mx.split(x, self.group.size(), axis=-2)[self.group.rank()]
 
     def all_rows(self, x):
         "The whole matrices (..., m, n) of which every rank has m / N rows"
