@@ -236,7 +236,7 @@ class Validity(NamedTuple):
         "Texts not in the training text, of the valid ones."
         return _share(self.novel, self.valid)
 
-
+# %% ../../nbs/03c_evaluation.metrics.ipynb #7959b865
 def _share(k, n):
     if not n:
         return Measure(math.nan)

@@ -75,19 +75,19 @@ def _spread(x, token, slots):
     "Rows for the experts: x (T, D), token (S,) of each slot, slots (T, k) of each token."
     return x[token]
 
-
+# %% ../../nbs/05b_model.moe.ipynb #405ebf84
 @mx.custom_function
 def _collect(y, token, slots):
     "The way back: y (S, D) to (T, D), the sum over a token's slots."
     return sum(y[slots[:, j]] for j in range(slots.shape[1]))
 
-
+# %% ../../nbs/05b_model.moe.ipynb #d7b7bfd6
 @_spread.vjp
 def _spread_vjp(primals, cotangent, output):
     _, token, slots = primals
     return _collect(cotangent, token, slots), mx.zeros_like(token), mx.zeros_like(slots)
 
-
+# %% ../../nbs/05b_model.moe.ipynb #802e09d2
 @_collect.vjp
 def _collect_vjp(primals, cotangent, output):
     _, token, slots = primals
@@ -102,7 +102,7 @@ class Plan(NamedTuple):
     weight: mx.array  # (S, 1) how much a slot's answer counts; 0: nobody stands there
     counts: mx.array  # (E,) pairs that wanted each expert
 
-
+# %% ../../nbs/05b_model.moe.ipynb #2ae09335
 def _sort_pairs(chosen, E):
     P = chosen.size
     key = mx.sort(chosen.reshape(-1).astype(mx.int32) * P + mx.arange(P))
@@ -111,12 +111,12 @@ def _sort_pairs(chosen, E):
     counts = (expert[:, None] == mx.arange(E)).sum(0)
     return order, expert, place, counts
 
-
+# %% ../../nbs/05b_model.moe.ipynb #4990812a
 @mx.custom_function
 def _slot_weight(weight, pair, slots):
     return weight.reshape(-1)[pair]
 
-
+# %% ../../nbs/05b_model.moe.ipynb #618430ef
 @_slot_weight.vjp
 def _slot_weight_vjp(primals, cotangent, output):
     _, pair, slots = primals
@@ -224,7 +224,7 @@ def room(
     want = math.ceil(capacity * T * k / E) + 1
     return T + 1 if want > T else -(-want // 16) * 16
 
-
+# %% ../../nbs/05b_model.moe.ipynb #6280e740
 def plan_capacity(
     choice: Choice,  # of a router
     E: int,  # experts
@@ -260,7 +260,7 @@ def run_batched(
     y = experts(rows, plan.weight.reshape(E, C, 1), products)
     return _collect(y.reshape(E * C, D), plan.token, plan.slots)
 
-
+# %% ../../nbs/05b_model.moe.ipynb #6cc28b7b
 RUN = {"loop": run_loop, "gather": run_gather, "batched": run_batched}
 
 # %% ../../nbs/05b_model.moe.ipynb #55ab0dbb

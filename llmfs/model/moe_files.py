@@ -24,7 +24,7 @@ _NAMES = {
     ),
 }  # fmt: skip
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #044f773c
 def _names(shape, name):
     "Names that a weight of ours has there: one, or a function of the expert."
     router, experts, parts = _NAMES[shape]
@@ -34,7 +34,7 @@ def _names(shape, name):
     part = parts[rest.split(".")[1]]
     return lambda e: f"{layer}.{experts}.{e}.{part}.weight"
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #be787656
 def _split_apart(shape):
     def split(name, w, weights):
         if ".mlp." not in name:
@@ -58,7 +58,7 @@ def _join_apart(shape):
 
     return join
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #1934c67f
 def _counted(there, get):
     "Numbers of the experts that can be got."
     e = 0
@@ -84,7 +84,7 @@ def _split_granite(name, w, weights):
     both = mx.concatenate([w, weights[name.replace("gate_proj", "up_proj")]], axis=-2)
     return {f"{layer}.{home}.input_linear.weight": both}
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #e872819c
 def _join_granite(name, get):
     layer, _, rest = name.partition(".mlp.")
     if not rest:
@@ -104,7 +104,7 @@ def _whole(config, key):
         raise PretrainedError(f"{key}={value!r}: must be a whole number of at least 1")
     return value
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #af5322af
 def _only(config, **wanted):
     for key, value in wanted.items():
         if (found := config.get(key)) is not None and found != value:
@@ -112,7 +112,7 @@ def _only(config, **wanted):
                 f"{key}={found!r} is not a model of ours (only {value!r})"
             )
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #b430c183
 def _read_qwen3(config):
     _only(config, decoder_sparse_step=1, mlp_only_layers=[])
     k = _whole(config, "num_experts_per_tok")
@@ -121,7 +121,7 @@ def _read_qwen3(config):
         d_ff=_whole(config, "moe_intermediate_size") * k, renormalize=renormalize
     )
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #8618343a
 def _write_qwen3(cfg):
     return dict(
         intermediate_size=cfg.d_ff, moe_intermediate_size=cfg.expert_ff,
@@ -137,7 +137,7 @@ def _read_mixtral(config):
     k = _whole(config, "num_experts_per_tok")
     return dict(d_ff=_whole(config, "intermediate_size") * k)
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #429ddc92
 def _write_mixtral(cfg):
     return dict(
         intermediate_size=cfg.expert_ff, sliding_window=None,
@@ -147,7 +147,7 @@ def _write_mixtral(cfg):
 # %% ../../nbs/05c_model.moe_files.ipynb #b3392edc
 _ONES = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #5d5a01c7
 def _read_granite(config):
     _only(config, position_embedding_type="rope", **dict.fromkeys(_ONES, 1.0))
     D, H = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
@@ -170,7 +170,7 @@ def _read_granite(config):
     k = _whole(config, "num_experts_per_tok")
     return dict(d_ff=F * (k + shared // F), n_shared=shared // F)
 
-
+# %% ../../nbs/05c_model.moe_files.ipynb #17e0b1ed
 def _write_granite(cfg):
     if cfg.n_heads * cfg.head_dim != cfg.d_model:
         raise ValueError(f"head_dim={cfg.head_dim}: this shape wants d_model / n_heads")
@@ -199,5 +199,7 @@ MIXTURES = {
         _LOCAL, _write_granite, _read_granite, _split_granite, _join_granite,
     ),
 }  # fmt: skip
+
+# %% ../../nbs/05c_model.moe_files.ipynb #7efbc20a
 for _shape, _family in MIXTURES.items():
     add_family(_shape, _family)

@@ -34,7 +34,7 @@ def _cut(text, share):
             return text[:near], text[near:]
     return text[:at], text[at:]
 
-
+# %% ../../nbs/03g_training.prepare.ipynb #9b384b02
 def split_documents(
     documents: Sequence[str],  # in the order of the files
     share: float = 0.1,  # of the text to hold back
@@ -88,7 +88,7 @@ def token_path(
     "Where the ids of a text belong."
     return Path(folder) / f"{name}-{tokenizer.hash[:8]}.npy"
 
-
+# %% ../../nbs/03g_training.prepare.ipynb #921a383f
 def _fresh(path, tokenizer, source):
     "The token file if it can be used again, else None."
     try:
@@ -97,7 +97,7 @@ def _fresh(path, tokenizer, source):
     except (OSError, ValueError):
         return None
 
-
+# %% ../../nbs/03g_training.prepare.ipynb #91db65e3
 def encode_texts(
     texts: Iterable[str],  # documents
     tokenizer,  # turns them into ids
@@ -134,7 +134,7 @@ def save_run_files(
     paths = {k: Path(os.path.relpath(p, out)).as_posix() for k, p in files.items()}
     write_json(paths, Path(out) / "run.json")
 
-
+# %% ../../nbs/03g_training.prepare.ipynb #189ec521
 def load_run_files(
     out: str | Path,  # folder of the run
 ) -> dict[str, Path]:
@@ -158,7 +158,7 @@ def read_texts(
         raise ValueError(f"there is no text in {', '.join(map(str, paths))}")
     return texts
 
-
+# %% ../../nbs/03g_training.prepare.ipynb #9fa6c6b9
 def corpus_file(
     folder: str | Path,  # as `download` fills it
     name: str,  # "train" or "validation"

@@ -28,6 +28,7 @@ from llmfs.hardware import (
 )
 from ..model.transformer import GPTConfig, memory_bytes, preset
 from .data_loader import IGNORE, MODES
+from .loss import loss_in_pieces, pieces_needed
 from .optimizer import SCHEDULES, global_norm
 
 # %% ../../nbs/03e_training.step.ipynb #a6e7bfbb
@@ -39,7 +40,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences at once (B)
     grad_accum: int = 1  # batches whose gradients are added up for one step
     seq_len: int = 256  # tokens in a sequence (L)
-    mode: str = "windows"  # windows: any L tokens; documents: whole documents packed in rows
+    mode: str = "windows"  # any L tokens; documents: packed whole; buckets: one a row
     optimizer: str = "muon"  # muon: Muon on matrices, AdamW on the rest; adamw
     lr: float = 3e-3  # peak learning rate of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon
@@ -182,9 +183,19 @@ class _Pieces:
     def loss(self, params, inputs, targets, segments, weight):
         "The weighted loss of one batch"
         self.model.update(params)
-        nll, n = token_loss(self.model(inputs, segments), targets)
-        extra, nll = extra_loss(self.asking), nll * weight
+        n = (targets != IGNORE).sum()
+        nll = self.weighted(inputs, targets, segments, weight)
+        extra = extra_loss(self.asking)
         return (nll if extra is None else nll + extra * (n * weight)), nll
+
+    def weighted(self, inputs, targets, segments, weight):
+        "The text's part of it; where logits would be large, in pieces"
+        head = getattr(self.model, "head", None)
+        pieces = 1 if head is None else pieces_needed(targets.size, len(head), head.itemsize)
+        if pieces == 1:
+            return token_loss(self.model(inputs, segments), targets)[0] * weight
+        features = self.model.features(inputs, segments)
+        return loss_in_pieces(features, head, targets, weight, pieces)
 
     def add(self, params, scale, sums, inputs, targets, segments, weight):
         "Add one batch's share of the loss and of the gradient to `sums`"
