@@ -129,7 +129,7 @@ def _(rng):
     yield case("tokens_for(law, 1e5, 1.71)", lambda f: f(law, 1e5, 1.71), math.inf)
 
 # %% ../../nbs/07e_specs.part4.ipynb #9888fc38
-@exercise(3, "Too wide a net", "narrow_interval(law, share, **sizes)")
+@exercise(3, "Too narrow a net", "narrow_interval(law, share, **sizes)")
 def _(rng):
     from dataclasses import replace
 
