@@ -124,7 +124,7 @@ def global_norm(
     grads,  # tree of arrays
 ):  # float32, ()
     "Length of all gradients taken as one vector."
-    sums = [_squares(g) for _, g in tree_flatten(grads)]
+    sums = [_squares(g) for _, g in reversed(tree_flatten(grads))]  # as they arrive
     return mx.sqrt(mx.concatenate(sums).astype(mx.float32).sum())
 
 
