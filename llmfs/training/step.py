@@ -178,8 +178,8 @@ def extra_loss(
     return sum(found) if found else None
 
 # %% ../../nbs/03e_training.step.ipynb #e37f545c
-class _Pieces:
-    "What a step is made of, as functions of arrays"
+class _Loss:
+    "The loss of one batch, as a function of arrays"
     def loss(self, params, inputs, targets, segments, weight):
         "The weighted loss of one batch"
         self.model.update(params)
@@ -197,6 +197,9 @@ class _Pieces:
         features = self.model.features(inputs, segments)
         return loss_in_pieces(features, head, targets, weight, pieces)
 
+# %% ../../nbs/03e_training.step.ipynb #1bed1a82
+class _Pieces(_Loss):
+    "What a step is made of, as functions of arrays"
     def add(self, params, scale, sums, inputs, targets, segments, weight):
         "Add one batch's share of the loss and of the gradient to `sums`"
         batch = inputs, targets, segments, weight * scale[0]
