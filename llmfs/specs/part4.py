@@ -268,7 +268,7 @@ def _():
     return "ratio", "down"
 
 # %% ../../nbs/07e_specs.part4.ipynb #77445c55
-@exercise(4, "Longer memories", "ratios(train, held, orders)", seconds=60)
+@exercise(4, "Longer memories", "ratios(train, held, tok, orders)", seconds=60)
 def _(rng):
     from llmfs.data.stories import Stories
     from llmfs.evaluation.metrics import evaluate_documents
