@@ -214,7 +214,7 @@ def hardware()->Hardware:
 def _has_bfloat16(backend, chip, info):
     "Whether products in bfloat16 are fast on this GPU."
     if backend == "metal":
-        return "M1" not in chip.split()
+        return not {"M1", "M2"} & set(chip.split())
     return int(info.get("compute_capability_major", 8)) >= 8
 
 # %% ../nbs/00b_hardware.ipynb #0f558345

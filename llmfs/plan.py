@@ -222,7 +222,7 @@ def _machine(chip, memory):
     if chip is None:
         found = hardware()
     else:
-        found = Hardware("metal", f"Apple {chip}", 8, int(CHIPS[chip][2] * 2**30), "accelerate", "", "M1" not in chip)
+        found = Hardware("metal", f"Apple {chip}", 8, int(CHIPS[chip][2] * 2**30), "accelerate", "", not {"M1", "M2"} & set(chip.split()))
     return replace(found, memory_bytes=int(memory)) if memory else found
 
 

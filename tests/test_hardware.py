@@ -196,7 +196,7 @@ def test_cores_follow_the_affinity_mask():
 
 @pytest.mark.parametrize("backend, chip, info, expected", [
     ("metal", "Apple M1", {}, False), ("metal", "Apple M1 Max", {}, False),
-    ("metal", "Apple M10", {}, True), ("metal", "Apple M3 Pro", {}, True),
+    ("metal", "Apple M2 Ultra", {}, False), ("metal", "Apple M10", {}, True), ("metal", "Apple M3 Pro", {}, True),
     ("cuda", "V100", {"compute_capability_major": 7}, False),
     ("cuda", "A100", {"compute_capability_major": 8}, True)])
 def test_which_chips_have_bfloat16(backend, chip, info, expected):
