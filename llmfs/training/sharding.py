@@ -27,6 +27,7 @@ def _sum_scatter(x, group=None, stream=None):
     whole = mx.distributed.all_sum(x, group=group, stream=stream)
     return mx.split(whole, group.size())[group.rank()]
 
+# %% ../../nbs/03f_training.sharding.ipynb #a2dd6730
 def _complete(group):
     "MLX's ring has no sum_scatter, which MLX's own sharding needs"
     try:
@@ -41,6 +42,7 @@ def is_part(
     "Whether a parameter is sharded"
     return ".module." in name
 
+# %% ../../nbs/03f_training.sharding.ipynb #a71f700b
 def plain(name: str) -> str:
     "A parameter's name without the wrapper"
     return name.replace(".module.", ".")
@@ -66,6 +68,7 @@ def _bundles_of(optimizer):
     flat = [(slot, key, b, True) for key, b, _ in optimizer.groups for slot in ("m", "v")]
     return flat + [("momentum", key, b, False) for key, b in getattr(optimizer, "stacks", [])]
 
+# %% ../../nbs/03f_training.sharding.ipynb #473f361b
 def _by_name(optimizer, params):
     "The state of each parameter, from that of its bundles"
     found = {}
@@ -74,6 +77,7 @@ def _by_name(optimizer, params):
         found |= {(slot, name): a for name, a in parts.items()}
     return found
 
+# %% ../../nbs/03f_training.sharding.ipynb #9512b71b
 def _bundle_up(optimizer, found):
     "The way back"
     for slot, key, names, flat in _bundles_of(optimizer):
