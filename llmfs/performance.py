@@ -31,7 +31,7 @@ def seconds_of(
     with blas_threads(1 if cpu_streams() else 0):  # as in a training step
         return _median(run, budget)
 
-
+# %% ../nbs/06a_performance.ipynb #68f956bd
 def _median(run, budget):
     mx.eval(run())  # compiles, and fills the caches
     times, stop, n = [], time.perf_counter() + budget, 1
@@ -98,6 +98,8 @@ M2-Ultra    800     27.2  192
 """
 CHIPS = {r[0].replace("-", " "): tuple(map(float, r[1:]))
          for r in map(str.split, CHIPS.strip().splitlines()[1:])}  # fmt: skip
+
+# %% ../nbs/06a_performance.ipynb #6a5ce98f
 REACHED = 0.6, 0.85  # shares of a chip's FLOP/s and bandwidth that products and passes reach
 
 # %% ../nbs/06a_performance.ipynb #d1819474
@@ -174,7 +176,7 @@ def ends_seconds(
 
     return seconds_of(_side_by_side(cfg, batch, make), budget)
 
-
+# %% ../nbs/06a_performance.ipynb #73a69884
 def _step(model, optimizer, dtype):
     return TrainStep(model, make_optimizer(optimizer, model), TrainConfig(precision=dtype))
 

@@ -35,6 +35,7 @@ def _samples(
     short = min(L, max(128, 64 * int(allowed / flops / 64)))
     return (1, short), (1, max(1, short // 2))
 
+# %% ../nbs/06a_plan.ipynb #143e05dd
 def _linear(run, large, small, tokens):
     "Seconds for `tokens`, from the times of a large and a small measurement."
     n, m = large[0] * large[1], small[0] * small[1]
@@ -68,7 +69,7 @@ def _shrunk(cfg, limit):
         one = replace(one, **widths)
     return one, s
 
-
+# %% ../nbs/06a_plan.ipynb #2fde481d
 def _update(cfg, optimizer, dtype, limit):
     "Seconds of an update: passes over all parameters, and Muon's products."
     P, table = count_params(cfg), count_params(cfg) - count_params(cfg, embeddings=False)
@@ -116,7 +117,7 @@ def numbers_moved(
     scores = 8 * H * seq_len
     return cfg.n_layers * (norms + sums + turned + copied + bent + scores) + 8 * D + 4 * cfg.vocab_size
 
-
+# %% ../nbs/06a_plan.ipynb #b48c80e3
 def muon_flops(
     cfg: GPTConfig,  # shape
 ) -> float:  # of one update
@@ -225,13 +226,13 @@ def _machine(chip, memory):
         found = Hardware("metal", f"Apple {chip}", 8, int(CHIPS[chip][2] * 2**30), "accelerate", "", not {"M1", "M2"} & set(chip.split()))
     return replace(found, memory_bytes=int(memory)) if memory else found
 
-
+# %% ../nbs/06a_plan.ipynb #49471986
 def _precision(machine, chip):
     if chip is None:
         return pick_precision("auto")
     return "bfloat16" if machine.bfloat16 else "float16"
 
-
+# %% ../nbs/06a_plan.ipynb #df4f8b7d
 def _memory(cfg, train, chip=None, **changed):
     train = replace(train, **changed)
     half = pick_precision(train.precision) != "float32"
