@@ -172,7 +172,7 @@ KINDS = {
                                  grad_clip=0.3, grad_checkpoint=True, weight_decay=0.1)),  # fmt: skip
     "mixture": dict(train=dict(max_steps=50, optimizer="adamw"), shape=MIXTURE),
     "mixture-documents": dict(train=dict(max_steps=12, mode="documents", grad_accum=2, grad_checkpoint=True),
-                              shape=MIXTURE | dict(balance="bias")),  # fmt: skip
+                              shape=MIXTURE),  # fmt: skip
 }
 
 

@@ -290,7 +290,7 @@ class MoE(nn.Module):
         if cfg.n_shared:
             width = cfg.n_shared * cfg.expert_ff
             self.shared_expert = MLP(cfg.d_model, width, cfg.activation)
-        self._extra_loss = None
+        self._extra_loss, self._average = None, lambda load: load
 
     def __call__(
         self,
@@ -301,7 +301,7 @@ class MoE(nn.Module):
         choice = self.router(rows)
         if self.training:
             bias = self.router.get("bias")
-            self._extra_loss = balance_terms(self.cfg, choice, bias)
+            self._extra_loss = balance_terms(self.cfg, choice, bias, self._average)
         run = RUN[pick_dispatch(self.cfg, self.training, rows.shape[0])]
         y = run(self.experts, rows, choice, self.cfg.capacity).reshape(x.shape)
         return y + self.shared_expert(x) if self.cfg.n_shared else y

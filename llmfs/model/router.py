@@ -105,11 +105,12 @@ def balance_terms(
     cfg: Routing,  # says which, and their weights
     choice: Choice,  # of a router
     bias: mx.array | None = None,  # (E,) of the router
+    average=lambda load: load,  # over the ranks that share a batch
 ) -> mx.array:  # (), to be added to the loss in nats a token
     "What a router pays for imbalance and for large logits."
     E, total = cfg.n_experts, mx.array(0.0)
     count = (choice.chosen[..., None] == mx.arange(E)).sum((0, 1))
-    load = mx.stop_gradient(count / choice.chosen.size)  # (E,), sum 1
+    load = mx.stop_gradient(average(count / choice.chosen.size))  # (E,), sum 1
     if cfg.balance == "aux":
         score = choice.score / choice.score.sum(-1, keepdims=True)
         total = total + cfg.aux_weight * E * (load * score.mean(0)).sum()

@@ -169,6 +169,9 @@ class _Sums:
         loss = mx.distributed.all_sum(loss, group=self.group) / self.size
         return loss, nn.average_gradients(grads, self.group, self.bundle)
 
+    def average(self, x):
+        return mx.distributed.all_sum(x, group=self.group) / self.size
+
     def reseed(self, seed, step):
         if self.rank:  # rank 0 draws what a run alone would draw
             mx.random.seed(seed * 1_000_003 + step * self.size + self.rank)

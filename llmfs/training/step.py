@@ -161,6 +161,10 @@ class Alone:
         "Their length, over all ranks"
         return global_norm(grads)
 
+    def average(self, x):
+        "The mean over the ranks of a number that a layer asks about"
+        return x
+
 # %% ../../nbs/03e_training.step.ipynb #d3c92a8b
 def asking(
     model,  # an mlx Module
@@ -186,7 +190,9 @@ class _Loss:
         n = (targets != IGNORE).sum()
         nll = self.weighted(inputs, targets, segments, weight)
         extra = extra_loss(self.asking)
-        return (nll if extra is None else nll + extra * (n * weight)), nll
+        if extra is None:
+            return nll, nll
+        return nll + extra * (self.ranks.average(n) * weight), nll
 
     def weighted(self, inputs, targets, segments, weight):
         "The text's part of it; where logits would be large, in pieces"
@@ -276,6 +282,8 @@ class TrainStep(_Gather):
         if cfg.grad_checkpoint:
             recompute_layers(model)
         self.asking = asking(model)
+        for layer in self.asking:
+            layer._average = self.ranks.average
         self.streams = self.prepare()
 
     def __call__(
