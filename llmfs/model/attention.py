@@ -25,7 +25,7 @@ def _plain_cpu(x):
 
 
 def _bits_pay(x):
-    return x.size >= 8192 and _plain_cpu(x)  # below, starting 14 operations costs more
+    return x.size >= 8192 and _plain_cpu(x)  # below, starting 15 operations costs more
 
 # %% ../../nbs/02b_model.attention.ipynb #1432e6ea
 @mx.custom_function
