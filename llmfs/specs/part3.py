@@ -224,6 +224,46 @@ def _(rng):
         show = f"lzma_bits({len(seen)} texts, {len(new)} texts)"
         yield case(show, lambda f, a=seen, b=new: f(a, b), 8 * (size[1] - size[0]) / n)
 
+# %% ../../nbs/07d_specs.part3.ipynb #d13029e0
+exercise = chapter("03c_training.loss")
+
+
+@exercise(6, "The largest piece", "piece_bytes(T, V, item_bytes, pieces)")
+def _(rng):
+    for T, V, size, n in [(1, 1, 4, 1), (10, 7, 2, 3), (32_768, 100, 2, 4), (5, 11, 4, 5)]:
+        lengths = [len(part) for part in np.array_split(np.arange(T), n)]
+        yield (T, V, size, n), max(lengths) * V * size
+
+
+@exercise(7, "Another sum over positions", "squares_in_pieces(H, W, Y, n)")
+def _(rng):
+    for T, D, V, n in [(1, 1, 1, 1), (4, 3, 5, 2), (7, 2, 3, 3)]:
+        H, W, Y = (rng.normal(size=shape) for shape in ((T, D), (V, D), (T, V)))
+        off = np.einsum("td,vd->tv", H, W) - Y
+        want = [(off**2).sum(), *(2 * off @ W).ravel(), *(2 * off.T @ H).ravel()]
+
+        def flat(f, H=H, W=W, Y=Y, n=n):
+            loss, dh, dw = f(H, W, Y, n)
+            return [loss, *np.ravel(dh), *np.ravel(dw)]
+
+        yield case(f"loss and gradients of {T} positions in {n} pieces", flat, want)
+
+# %% ../../nbs/07d_specs.part3.ipynb #92a2dc0d
+@exercise(8, "Pieces of the vocabulary", "log_sum_in_pieces(z, n)")
+def _(rng):
+    for size, n, shift in [(1, 1, 0), (10, 3, 0), (10, 10, 1000), (64, 4, -1000)]:
+        z = rng.normal(size=size)
+        want = math.log(sum(math.exp(x) for x in z)) + shift
+        show = f"log_sum_in_pieces({size} logits near {shift}, {n})"
+        yield case(show, lambda f, z=z + shift, n=n: f(z, n), want)
+
+
+@exercise(9, "What waits for the backward pass", "kept_numbers(T, D, V)")
+def _(rng):
+    for T, D, V in [(1, 1, 1), (4, 3, 5), (100, 8, 64)]:
+        softmax, features, matrix = np.empty((T, V)), np.empty((T, D)), np.empty((V, D))
+        yield (T, D, V), (softmax.size, features.size + matrix.size)
+
 # %% ../../nbs/07d_specs.part3.ipynb #3e43dbef
 exercise = chapter("03d_training.checkpoint")
 
