@@ -228,6 +228,10 @@ class GPTConfig(_Shape):
         inward = 2 if self.activation == "swiglu" else 1
         return (inward + 1) * D * F + self.bias * (inward * F + D)
 
+    def mlp_widths(self, T: int) -> tuple:  # inside; of what carries T tokens there
+        "Numbers a token that the layer holds while training, beside its input."
+        return self.d_ff, 0
+
     def to_dict(self) -> dict:  # plain values, JSON-ready
         "All fields, and the kind of config."
         return {"kind": self.kind, **asdict(self)}

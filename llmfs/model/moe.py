@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .block import MLP, GPTConfig, activate
-from .linear import products
+from .linear import products, take_rows
 from .router import Choice, Router, Routing, balance_terms
 from .transformer import GPT, PRESETS
 
@@ -53,6 +53,13 @@ class MoEConfig(Routing, GPTConfig):
         router = self.n_experts * (self.d_model + (self.balance == "bias"))
         return router + experts * (inward + 1) * self.d_model * self.expert_ff
 
+    def mlp_widths(self, T: int) -> tuple:  # inside; of what carries T tokens there
+        "Numbers a token while training: slots of experts, with what is copied into them."
+        E, k = self.n_experts, self.top_k
+        slots = k if pick_dispatch(self, True, T) != "batched" else E * room(T, k, E, self.capacity) / T
+        F = self.expert_ff
+        return (slots + self.n_shared) * F, slots * (self.d_model + F) + 6 * E
+
 # %% ../../nbs/05b_model.moe.ipynb #1cfc5a23
 def _check_moe(cfg):
     def refuse(name, rule):
@@ -73,7 +80,7 @@ def _check_moe(cfg):
 @mx.custom_function
 def _spread(x, token, slots):
     "Rows for the experts: x (T, D), token (S,) of each slot, slots (T, k) of each token."
-    return x[token]
+    return take_rows(x, token)
 
 # %% ../../nbs/05b_model.moe.ipynb #405ebf84
 @mx.custom_function
@@ -231,16 +238,14 @@ def plan_capacity(
     C: int,  # slots of each expert; the last slot of all stays empty
 ) -> Plan:  # S = E C
     "C slots an expert; who comes too late is left out."
-    T, k = choice.chosen.shape
-    order, expert, place, counts = _sort_pairs(choice.chosen, E)
-    start = mx.cumsum(counts) - counts
-    flat = choice.chosen.reshape(-1)
-    turn = place - start[flat]  # how many came before it
-    kept = turn < C - 1
-    slots = mx.where(kept, flat * C + turn, E * C - 1).reshape(T, k)
-    turn = mx.arange(C)
+    (T, k), flat = choice.chosen.shape, choice.chosen.reshape(-1).astype(mx.int32)
+    arrived = mx.cumsum(flat == mx.arange(E)[:, None], axis=1)  # (E, T k): pairs so far
+    counts = arrived[:, -1]
+    turn = mx.take_along_axis(arrived, flat[None], axis=0)[0] - 1  # how many came before it
+    slots = mx.where(turn < C - 1, flat * C + turn, E * C - 1)  # the last: nobody's
+    pair = mx.put_along_axis(mx.zeros(E * C, mx.int32), slots, mx.arange(T * k), axis=0)
+    slots, turn = slots.reshape(T, k), mx.arange(C)
     filled = (turn < counts[:, None]) & (turn < C - 1)  # (E, C)
-    pair = order[mx.minimum(start[:, None] + turn, T * k - 1).reshape(-1)]
     w = mx.where(filled.reshape(-1), _slot_weight(choice.weight, pair, slots), 0)
     return Plan(pair // k, slots, w[:, None], counts)
 

@@ -183,13 +183,13 @@ def flops_per_token(
     return forward * (3 if training else 1)
 
 # %% ../../nbs/02c_model.transformer.ipynb #06ff8c5f
-def _floats_per_token(cfg, L, fused, recompute=False):
-    D, F, V = cfg.d_model, cfg.d_ff, cfg.vocab_size
+def _floats_per_token(cfg, B, L, fused, recompute=False):
+    D, V, (F, carried) = cfg.d_model, cfg.vocab_size, cfg.mlp_widths(B * L)
     HK, GK = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     heads = (7 if cfg.qk_norm else 5) * HK + 4.5 * GK
-    wide = {"swiglu": 4.5, "gelu": 4, "relu2": 2.5}[cfg.activation] * F
+    wide = {"swiglu": 4.5, "gelu": 4, "relu2": 2.5}[cfg.activation] * F + carried
     scores = 0 if fused else cfg.n_heads * L * (0.65 if L > 128 else 0.95)
-    passing = 16 * D + 3.4 * F + (0 if fused else cfg.n_heads * L)
+    passing = 16 * D + 3.4 * F + carried + (0 if fused else cfg.n_heads * L)
     logits = 3.5 * V
     layer = 4 * D + heads + wide + scores
     if recompute:  # one layer at a time, or the loss, whichever is larger
@@ -228,7 +228,7 @@ def memory_bytes(
         cache = 2 * cfg.n_layers * T * cfg.n_kv_heads * cfg.head_dim * activation_bytes
         return Memory(weights, 0, 0, 0, cache, weights + cache)
     fused = mx.cuda.is_available() if fused is None else fused
-    floats = _floats_per_token(cfg, L, fused, recompute)
+    floats = _floats_per_token(cfg, batch, L, fused, recompute)
     activations, optimizer = int(T * floats * activation_bytes), P * 4 * optimizer_slots
     copy = P * activation_bytes if activation_bytes < 4 else 0  # the one that computes
     step = weights + copy + optimizer + max(activations, weights)
