@@ -38,7 +38,7 @@ from llmfs.training.tracking import OneProcess  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 MIB = 2**20
 
@@ -55,9 +55,10 @@ class Tuned(Ranks):
     def mean(self, tree):
         loss, grads = tree
         loss = mx.distributed.all_sum(loss, group=self.group) / self.size
-        grads = tree_map(lambda g: g.astype(self.message), grads)
+        names, grads = zip(*tree_flatten(grads)[::-1])  # as they arrive: the last layer's first
+        grads = [g.astype(self.message) for g in grads]
         grads = nn.average_gradients(grads, self.group, self.bundle, self.stream)
-        return loss, tree_map(lambda g: g.astype(mx.float32), grads)
+        return loss, tree_unflatten(list(zip(names, grads)))
 
 
 def cases(a, n):

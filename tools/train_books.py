@@ -52,6 +52,7 @@ def main():
     parser.add_argument("--accum", type=int, default=2)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--weight-decay", type=float, help="default: the recipe's")
     parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -66,6 +67,7 @@ def main():
                    max_seq_len=args.length, dropout=args.dropout)  # fmt: skip
     cfg = recipe(args.size, shape, batch_size=args.batch, grad_accum=args.accum, seq_len=args.length,
                  max_minutes=args.minutes, max_steps=args.steps, optimizer=args.optimizer, seed=args.seed,
+                 weight_decay=args.weight_decay,
                  eval_every=args.eval_every, eval_batches=12, save_every=100_000, keep=0, log_every=10)  # fmt: skip
     mx.random.seed(args.seed)
     model = GPT(shape)

@@ -167,7 +167,9 @@ class _Sums:
     def mean(self, tree):
         loss, grads = tree
         loss = mx.distributed.all_sum(loss, group=self.group) / self.size
-        return loss, nn.average_gradients(grads, self.group, self.bundle)
+        names, grads = zip(*reversed(tree_flatten(grads)))  # the last layer's come first
+        grads = nn.average_gradients(list(grads), self.group, self.bundle)
+        return loss, tree_unflatten(list(zip(names, grads)))
 
     def average(self, x):
         return mx.distributed.all_sum(x, group=self.group) / self.size
@@ -176,6 +178,9 @@ class _Sums:
         if self.rank:  # rank 0 draws what a run alone would draw
             mx.random.seed(seed * 1_000_003 + step * self.size + self.rank)
 
+# %% ../../nbs/03f_training.distributed.ipynb #fae1255e
+class _Validation:
+    "The loss of held-back text"
     def loss_of(self, evaluate, batches):
         counted = []
 
@@ -249,14 +254,14 @@ class _Silence:
     close = sync
 
 # %% ../../nbs/03f_training.distributed.ipynb #9b9a750b
-class Ranks(_Words, _Together, _News, _Sums, _Weights, OneProcess):
+class Ranks(_Words, _Together, _News, _Sums, _Validation, _Weights, OneProcess):
     "The processes of a run; each holds the whole model and takes its rows of every batch"
     def __init__(
         self,
         group,  # an mx.distributed.Group
         patience: float = 600.0,  # seconds without progress before a rank gives up
         grace: float = 15.0,  # the same, once it was asked to stop
-        bundle: int = 32 * 2**20,  # bytes of gradients in one message
+        bundle: int = 128 * 2**20,  # bytes of gradients in one message
     ):
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.bundle, self.folder, self.said = bundle, None, 0
