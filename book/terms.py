@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
+NAMES = ("Adam", "Feistel", "Muon")  # of people and programs: never lower case
 TERM = re.compile(r"<dfn>([^<>\n]+)</dfn>")
 
 
@@ -24,7 +25,8 @@ def mark(text: str, title: str, seen: set) -> str:
 
 def entry(term: str) -> str:
     "How the term stands in the index: an initial letter alone is lower case."
-    return term if any(c.isupper() for c in term[1:]) else term[:1].lower() + term[1:]
+    keep = term.split()[0] in NAMES or any(c.isupper() for c in term[1:])
+    return term if keep else term[:1].lower() + term[1:]
 
 
 def anchor(term: str, title: str) -> str:
