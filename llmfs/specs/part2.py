@@ -93,6 +93,46 @@ def _(rng):
     for K, rows in [(16, 32), (32, 16), (64, 8), (128, 4), (48, 0), (256, 0), (8, 0)]:
         yield (K,), rows
 
+# %% ../../nbs/07c_specs.part2.ipynb #2930afdb
+exercise = chapter("02a_model.linear")
+
+
+@exercise(10, "Strides of a turned matrix", "turned_strides(rows, columns, size)")
+def _(rng):
+    for rows, columns, size in [(1, 1, 4), (2, 3, 4), (5, 2, 2), (7, 7, 8)]:
+        yield (rows, columns, size), np.zeros((rows, columns), f"V{size}").T.strides
+
+
+@exercise(11, "Where sums stand still", "stands_still(p)")
+def _(rng):
+    for p in (2, 3, 8, 11, 24):
+        yield (p,), 2**p
+
+
+@exercise(12, "The gradient of a table", "table_gradient(tokens, back, V)")
+def _(rng):
+    for V, L, D in [(3, 1, 2), (3, 4, 2), (5, 40, 3)]:
+        tokens, back = rng.integers(0, V, L), rng.normal(size=(L, D))
+        yield (tokens, back, V), np.eye(V)[tokens].T @ back
+
+# %% ../../nbs/07c_specs.part2.ipynb #4cdce1a8
+@exercise(13, "Two matrices, one input", "gated_gradients(x, a, b, d)", rtol=1e-3)
+def _(rng):
+    for T, D, F in [(1, 1, 1), (1, 3, 2), (4, 3, 5)]:
+        x, a, b, d = (rng.normal(size=s) for s in ((T, D), (F, D), (F, D), (T, F)))
+        y = lambda x, a, b: np.sum(d * (x @ a.T) * (x @ b.T))
+        slopes = []
+        for k, array in enumerate((x, a, b)):
+            slope = np.zeros_like(array)
+            for at in np.ndindex(array.shape):
+                up, down = [x, a, b], [x, a, b]
+                up[k], down[k] = array.copy(), array.copy()
+                up[k][at] += 1e-5
+                down[k][at] -= 1e-5
+                slope[at] = (y(*up) - y(*down)) / 2e-5
+            slopes.append(slope)
+        yield (x, a, b, d), tuple(slopes)
+
 # %% ../../nbs/07c_specs.part2.ipynb #8c714f89
 exercise = chapter("02b_model.attention")
 
