@@ -1215,6 +1215,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'llmfs/training/distributed.py'),
                                             'llmfs.training.distributed._Weights.hold': ( 'training.distributed.html#_weights.hold',
                                                                                           'llmfs/training/distributed.py'),
+                                            'llmfs.training.distributed._Weights.newest': ( 'training.distributed.html#_weights.newest',
+                                                                                            'llmfs/training/distributed.py'),
                                             'llmfs.training.distributed._Weights.share': ( 'training.distributed.html#_weights.share',
                                                                                            'llmfs/training/distributed.py'),
                                             'llmfs.training.distributed._Words': ( 'training.distributed.html#_words',

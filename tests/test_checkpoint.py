@@ -182,6 +182,21 @@ def test_sealed_but_not_ours(tmp_path):
             ck.load_checkpoint(tmp_path / "odd.npz")
 
 
+def test_left_on_the_disk_it_is_the_same(tmp_path):
+    model, optimizer = trained()
+    model.embed_tokens.weight = model.embed_tokens.weight.astype(mx.bfloat16)
+    path = save(tmp_path / "a.npz", model, optimizer)
+    here, there = ck.load_checkpoint(path), ck.load_checkpoint(path, on_disk=True, sealed=False)
+    for mine, left in ((here.weights, there.weights), (here.optimizer, there.optimizer)):
+        assert mine.keys() == left.keys()
+        for k, a in left.items():
+            assert a.dtype == mx.bfloat16 or (isinstance(a, np.ndarray) and not a.flags.owndata)
+            assert mx.array_equal(mine[k], mx.array(a)) and a.shape == mine[k].shape, k
+    with np.load(path) as z:  # read in another way
+        assert all(np.array_equal(z[f"model.{k}"], a) for k, a in there.weights.items()
+                   if isinstance(a, np.ndarray))  # fmt: skip
+
+
 def test_weights_that_do_not_fit(tmp_path):
     c = ck.load_checkpoint(save(tmp_path / "a.npz", *trained()))
     with pytest.raises(ck.CheckpointError, match="do not fit .* embed_tokens"):

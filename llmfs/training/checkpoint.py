@@ -12,8 +12,10 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import struct
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -177,17 +179,23 @@ class Checkpoint:
     tokenizer: dict | None  # what load_tokenizer reads
     loader: dict | None  # where the data stood
     extra: dict  # whatever was saved beside
-    weights: dict = field(repr=False)  # arrays by name
+    weights: dict = field(repr=False)  # arrays by name; NumPy's, if left on the disk
     optimizer: dict = field(repr=False)  # its state's arrays by path; empty if not read
     rng: mx.array = field(repr=False)  # MLX's random state, uint32 (2,)
 
-    def restore(self, model=None, optimizer=None, loader=None):
-        "Put the state back where it came from. Raises CheckpointError if it does not fit"
+    def check(self, model=None, optimizer=None):
+        "Raise CheckpointError where it does not fit"
         if model is not None:
             _fits(self.path, "weights", model.parameters(), self.weights)
-            model.load_weights(list(self.weights.items()))
         if optimizer is not None:
             _fits(self.path, "optimizer state", optimizer.state, self.optimizer)
+
+    def restore(self, model=None, optimizer=None, loader=None):
+        "Put the state back where it came from. Raises CheckpointError if it does not fit"
+        self.check(model, optimizer)
+        if model is not None:
+            model.load_weights(list(self.weights.items()))
+        if optimizer is not None:
             saved = lambda path, _: self.optimizer[path]
             optimizer.state = tree_map_with_path(saved, optimizer.state)
         if loader is not None and self.loader is not None:
@@ -203,10 +211,30 @@ def _fits(path, what, tree, have):
     if odd:
         raise CheckpointError(f"{path}: its {what} do not fit this model, first at {odd[0]}")
 
+# %% ../../nbs/03d_training.checkpoint.ipynb #164d5a21
+def _on_disk(path):
+    "The arrays of an .npz as they lie in the file: what is not looked at is not read"
+    npy, found, bytes_ = np.lib.format, {}, np.memmap(path, np.uint8, "r")
+    headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+        for entry in z.infolist():
+            f.seek(entry.header_offset + 26)  # where zip says how long two names are
+            f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)
+            shape, turned, dtype = headers[npy.read_magic(f)](f)
+            if entry.compress_type or dtype.hasobject:
+                raise ValueError(f"{entry.filename} is no plain array")
+            end = f.tell() + dtype.itemsize * math.prod(shape)
+            a = np.asarray(bytes_[f.tell() : end]).view(dtype)
+            a = a.reshape(shape, order="F" if turned else "C")
+            found[entry.filename.removesuffix(".npy")] = a
+    return found
+
 # %% ../../nbs/03d_training.checkpoint.ipynb #990e3415
 def load_checkpoint(
     path: str | Path,  # a file written by save_checkpoint
-    weights_only: bool = False,  # leave the optimizer's arrays on the disk
+    weights_only: bool = False,  # leave the optimizer's arrays out
+    on_disk: bool = False,  # NumPy arrays that are read from the disk where they are looked at
+    sealed: bool = True,  # make sure that no byte has changed
 ) -> Checkpoint:
     "Read a run back. Raises FileNotFoundError, CheckpointError; unpickles nothing"
     path = Path(path)
@@ -214,26 +242,29 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is a folder; name a checkpoint in it, such as best.npz")
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    _check_seal(path)
+    if sealed:
+        _check_seal(path)
     try:
-        with np.load(path, allow_pickle=False) as z:
-            meta = json.loads(z["meta"].tobytes())
-            if meta["format"] != 1:
-                raise CheckpointError(f"{path} is of a newer llmfs; upgrade to read it")
-            read = lambda prefix: _from_numpy(z, prefix, meta["bfloat16"])
-            return Checkpoint(path, meta["step"], meta["config"], meta["tokenizer"],
-                meta["loader"], meta["extra"], read("model."),
-                {} if weights_only else read("optimizer."), mx.array(z["rng"]))  # fmt: skip
+        arrays = _on_disk(path)
+        meta = json.loads(arrays["meta"].tobytes())
+        if meta["format"] != 1:
+            raise CheckpointError(f"{path} is of a newer llmfs; upgrade to read it")
+        read = lambda prefix: _from_numpy(arrays, prefix, meta["bfloat16"], on_disk)
+        return Checkpoint(path, meta["step"], meta["config"], meta["tokenizer"],
+            meta["loader"], meta["extra"], read("model."),
+            {} if weights_only else read("optimizer."), mx.array(arrays["rng"]))  # fmt: skip
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as e:
         raise CheckpointError(f"{path} is sealed, but cannot be read: {e}") from e
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #229d4930
-def _from_numpy(z, prefix, bf16):
-    arrays = {k: mx.array(z[k]) for k in z.files if k.startswith(prefix)}
-    arrays |= {k: arrays[k].view(mx.bfloat16) for k in arrays.keys() & set(bf16)}
-    return {k.removeprefix(prefix): v for k, v in arrays.items()}
+def _from_numpy(arrays, prefix, bf16, on_disk):
+    mine = {k: a for k, a in arrays.items() if k.startswith(prefix)}
+    if not on_disk:
+        mine = {k: mx.array(np.require(a, requirements="A")) for k, a in mine.items()}
+    mine |= {k: mx.array(mine[k]).view(mx.bfloat16) for k in mine.keys() & set(bf16)}
+    return {k.removeprefix(prefix): v for k, v in mine.items()}
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #4e783bb7
 from ..model.transformer import GPT, GPTConfig
@@ -281,6 +312,7 @@ def checkpoints(
 def latest_checkpoint(
     folder: str | Path,  # where a run writes
     warn=print,  # called with one line for each damaged file passed over
+    on_disk: bool = False,  # as load_checkpoint says
 ) -> Checkpoint:
     "The newest good checkpoint. Raises FileNotFoundError, CheckpointError if none is"
     found = checkpoints(folder)
@@ -288,7 +320,7 @@ def latest_checkpoint(
         raise FileNotFoundError(f"there is no checkpoint in {folder}")
     for path in found:
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(path, on_disk=on_disk)
         except CheckpointError as e:
             warn(f"{e}; trying the one before it")
     raise CheckpointError(f"no checkpoint in {folder} can be read")

@@ -27,6 +27,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 # %% ../../nbs/03f_training.distributed.ipynb #a291090e
+from .checkpoint import latest_checkpoint, load_checkpoint
 from .data_loader import IGNORE, Batch
 from .tracking import OneProcess
 from .trainer import NonFiniteLoss, Stopped
@@ -219,10 +220,20 @@ def _my_rows(batch, rank, size):
 # %% ../../nbs/03f_training.distributed.ipynb #fd35a514
 class _Weights:
     "The same weights on all ranks"
+    on_disk = False  # whether this rank picks its rows from a checkpoint
+
     def share(self, trainer, model, optimizer):
         told = trainer.cfg.to_dict() | {"step": trainer.at.step}
         self.same(told | {"text": trainer.train.header["sha256"]})
         return self.hold(model, optimizer)
+
+    def newest(self, folder, say):
+        def first():
+            ckpt = latest_checkpoint(folder, say, self.on_disk)
+            return ckpt, str(ckpt.path)
+
+        read = lambda path: load_checkpoint(path, on_disk=self.on_disk, sealed=False)
+        return self.in_turn(first, read)  # rank 0 has seen that it is whole
 
     def hold(self, model, optimizer):
         "What this rank keeps of a model and its optimizer: all, with rank 0's weights"

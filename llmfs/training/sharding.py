@@ -13,13 +13,13 @@ import llmfs
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 # %% ../../nbs/03f_training.sharding.ipynb #d580b519
 from .distributed import Ranks
 from .optimizer import Muon, global_norm
 from .optimizer import _gather as bundled
-from .optimizer import _scatter as unbundled
 
 # %% ../../nbs/03f_training.sharding.ipynb #5a66555e
 def _sum_scatter(x, group=None, stream=None):
@@ -69,20 +69,24 @@ def _bundles_of(optimizer):
     return flat + [("momentum", key, b, False) for key, b in getattr(optimizer, "stacks", [])]
 
 # %% ../../nbs/03f_training.sharding.ipynb #473f361b
-def _by_name(optimizer, params):
-    "The state of each parameter, from that of its bundles"
+def _by_name(optimizer, params, saved=None):
+    "The state of each parameter, from that of its bundles, held or in a checkpoint"
     found = {}
-    for slot, key, names, flat in _bundles_of(optimizer):
-        parts = unbundled(optimizer.state[slot][key], params, names, flat)
-        found |= {(slot, name): a for name, a in parts.items()}
+    for slot, key, names, _ in _bundles_of(optimizer):
+        a = saved[f"{slot}.{key}"] if saved else optimizer.state[slot][key]
+        a, at = a.reshape(-1), 0
+        for name in names:
+            end = at + params[name].size
+            found[slot, name], at = a[at:end].reshape(params[name].shape), end
     return found
 
 # %% ../../nbs/03f_training.sharding.ipynb #9512b71b
-def _bundle_up(optimizer, found):
-    "The way back"
+def _bundle_up(optimizer, find):
+    "The way back, from what `find(slot, name)` gives"
     for slot, key, names, flat in _bundles_of(optimizer):
-        values = {name: found[slot, name] for name in names}
-        optimizer.state.setdefault(slot, {})[key] = bundled(values, names, flat)
+        values = {name: find(slot, name) for name in names}
+        optimizer.state.setdefault(slot, {})[key] = a = bundled(values, names, flat)
+        mx.eval(a)  # and let go of the values
 
 # %% ../../nbs/03f_training.sharding.ipynb #9c2c40f1
 class _Exchange(Ranks):
@@ -103,20 +107,53 @@ class _Exchange(Ranks):
         parts = mx.distributed.all_sum(mx.square(parts), group=self.group)
         return mx.sqrt(parts + mx.square(rest))
 
+# %% ../../nbs/03f_training.sharding.ipynb #f64f4cf5
+class _Picking(_Exchange):
+    "Taking rows out of arrays, and out of a checkpoint"
+    on_disk, saved = True, None
+
+    def restore(self, ckpt, model, optimizer, loader):
+        "The weights have to wait until each rank knows which rows are its own"
+        ckpt.check(model, optimizer)
+        ckpt.restore(loader=loader)
+        optimizer.state["step"] = mx.array(ckpt.optimizer["step"])
+        self.saved = ckpt
+
+    def pick(self, model):
+        "This rank's rows of the weights that are on the disk"
+        model.layers = [nn.fully_shard(layer, group=self.group) for layer in model.layers]
+        for name, _ in tree_flatten(model.parameters()):
+            rows = self.my_rows(name, self.saved.weights[plain(name)])
+            model.load_weights([(name, rows)], strict=False)
+        self.saved = None
+
+    def my_rows(self, name, a):
+        if is_part(name):
+            n = len(a) // self.size
+            a = a[self.rank * n : (self.rank + 1) * n]
+        if isinstance(a, np.ndarray):
+            return mx.array(np.require(a, requirements="A"))
+        return mx.contiguous(a)
+
 # %% ../../nbs/03f_training.sharding.ipynb #a3690caa
-class _Holding(_Exchange):
+class _Holding(_Picking):
     "Cutting a model into parts"
 
     def hold(self, model, optimizer):
-        "This rank's rows of a model and its optimizer, cut layer by layer"
+        "This rank's rows of a model and its optimizer"
         _complete(self.group)
-        state = _by_name(optimizer, dict(tree_flatten(model.parameters())))
+        params, saved = dict(tree_flatten(model.parameters())), self.saved
+        state = _by_name(optimizer, params, saved and saved.optimizer)
+        (self.pick if saved else self.spread)(model)
+        return model, self.cut(optimizer, state, dict(tree_flatten(model.parameters())))
+
+    def spread(self, model):
+        "Rank 0's weights, cut layer by layer"
         self.give(model, but="layers.")
         for i, layer in enumerate(model.layers):
             self.give(layer)
             model.layers[i] = nn.fully_shard(layer, group=self.group)
             mx.eval(model.layers[i].parameters())
-        return model, self.cut(optimizer, state, dict(tree_flatten(model.parameters())))
 
     def cut(self, optimizer, state, parts):
         "An optimizer of the parts this rank holds, with its part of the state"
@@ -125,15 +162,9 @@ class _Holding(_Exchange):
         mine.names, mine.groups, mine.group = set(parts), [], self.group
         mine.state = dict(step=optimizer.state["step"], m={}, v={})
         mine._plan(list(parts), parts)
-        slots = {(s, n): (s, plain(n)) for n in parts for s in mine.state}
-        _bundle_up(mine, {k: self.my_rows(k[1], state[old])
-                          for k, old in slots.items() if old in state})  # fmt: skip
+        _bundle_up(mine, lambda slot, name: self.my_rows(name, state[slot, plain(name)]))
         self.full.state = {}
-        mx.eval(mine.state)
         return mine
-
-    def my_rows(self, name, a):
-        return mx.contiguous(mx.split(a, self.size)[self.rank]) if is_part(name) else a
 
 # %% ../../nbs/03f_training.sharding.ipynb #ec64e29e
 class Shards(_Holding):
@@ -150,7 +181,7 @@ class Shards(_Holding):
             return None, None
         full = copy.copy(self.full)
         full.state = dict(step=optimizer.state["step"])
-        _bundle_up(full, state)
+        _bundle_up(full, lambda *key: state[key])
         return weights, full
 
     def collect(self, name, a):

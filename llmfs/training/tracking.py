@@ -19,7 +19,13 @@ from tqdm import tqdm
 
 # %% ../../nbs/03e_training.tracking.ipynb #4f082e98
 from ..settings import COLORS, RC
-from .checkpoint import RunLog, atomic_write, checkpoints, read_log
+from llmfs.training.checkpoint import (
+    RunLog,
+    atomic_write,
+    checkpoints,
+    latest_checkpoint,
+    read_log,
+)
 from .step import Alone
 
 # %% ../../nbs/03e_training.tracking.ipynb #89554764
@@ -138,6 +144,14 @@ class OneProcess(_Agreed):
     def rows(self, batch_size):
         "How many rows of a batch are this rank's"
         return batch_size
+
+    def newest(self, folder, say):
+        "The checkpoint of a run to go on from"
+        return latest_checkpoint(folder, say)
+
+    def restore(self, ckpt, model, optimizer, loader):
+        "Stand where a checkpoint stood"
+        ckpt.restore(model, optimizer, loader)
 
     def share(self, trainer, model, optimizer):
         "Model and optimizer as this rank holds them, once all ranks are ready to begin"

@@ -164,7 +164,7 @@ class _Restored(_Files):
         if ckpt.extra["data"] != self.train.header["sha256"]:
             raise ValueError(f"{ckpt.path} was trained on other tokens than "
                 f"{self.train.path}; start anew with --overwrite")  # fmt: skip
-        ckpt.restore(self.model, self.optimizer, self.loader)
+        self.ranks.restore(ckpt, self.model, self.optimizer, self.loader)
         self.at, self.loss_scale = RunState(**ckpt.extra["run"]), ckpt.extra["loss_scale"]
         self.log_bytes = ckpt.extra["log_bytes"]
         if ckpt.path.name == "last.npz":
@@ -348,7 +348,7 @@ def resume_training(
 ) -> Trainer:  # fit() goes on
     "A run at its newest good checkpoint. Raises FileNotFoundError, CheckpointError"
     ranks = ranks or OneProcess()
-    ckpt = ranks.together(lambda: latest_checkpoint(out, say or print))
+    ckpt = ranks.newest(out, say or print)
     given = {k: v for k, v in given.items() if v is not None}
     known = {f.name for f in fields(TrainConfig)}
     given = {k: v for k, v in ckpt.extra["train"].items() if k in known} | given
