@@ -19,6 +19,7 @@ from pathlib import Path
 # %% ../nbs/04d_quickstart.ipynb #b4a8d229
 from .data.corpus import download, read_documents
 from .data.stories import Stories
+from .data.text import write_json
 from .data.tokens import TokenFile
 from .evaluation.generate import generate_batch
 from llmfs.evaluation.metrics import (
@@ -30,7 +31,7 @@ from llmfs.evaluation.metrics import (
 from .hardware import require_mlx
 from .model.ngram import NGram
 from .model.transformer import GPT, GPTConfig
-from .tokenizer.vocab import train_tokenizer, write_json
+from .tokenizer.vocab import train_tokenizer
 from .training.checkpoint import checkpoints, load_model
 from .training.prepare import encode_texts, save_run_files, token_path
 from .training.step import TrainConfig

@@ -624,7 +624,7 @@ def test_other_peoples_files_are_never_replaced(tmp_path):
     assert read_pretrained(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("when", ["write_json", "_sync", "_move"])
+@pytest.mark.parametrize("when", ["write_json", "to_disk", "folder_to_disk", "_move"])
 def test_a_write_that_breaks_off_leaves_the_old_model(when, tmp_path, monkeypatch):
     model = build("llama")
     write_pretrained(tmp_path / "m", model)

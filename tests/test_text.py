@@ -3,18 +3,22 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
 import tracemalloc
 
+from llmfs.data import text as data_text
 from llmfs.data.text import (
     EOT,
     READERS,
     belongs_to,
+    beside,
     find_files,
     read_documents,
     split_stream,
+    write_json,
 )
 
 import pytest
@@ -157,3 +161,43 @@ def test_light_import():
     code = ("import llmfs.data.corpus, sys; "
             "assert not {'mlx.core', 'datasets', 'pyarrow', 'pandas'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("when", ["to_disk", "replace", "inside"])
+def test_what_breaks_off_leaves_the_old_file(tmp_path, monkeypatch, when):
+    write_json({"old": 1}, tmp_path / "deep" / "a.json")
+
+    def fail(*args):
+        raise OSError(28, "no space")
+
+    if when != "inside":
+        monkeypatch.setattr(*((data_text, "to_disk") if when == "to_disk" else (os, "replace")), fail)
+    with pytest.raises(OSError), beside(tmp_path / "deep" / "a.json") as f:
+        f.write(b"new")
+        if when == "inside":
+            fail()
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"old": 1}
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    "And on a Mac the drive is asked, where the drive can be asked"
+    calls, target = [], tmp_path / "a.json"
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a)))
+    write_json({}, target)
+    assert calls == ["fsync", "replace", "fsync"]  # the file; its name; the folder
+    monkeypatch.setattr(data_text.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(data_text.fcntl, "fcntl", lambda f, what: calls.append(what))
+    calls.clear()
+    write_json({}, target)
+    assert calls == [51, "replace", "fsync"]
+
+    def refuse(f, what):
+        raise OSError(45, "not supported")
+
+    monkeypatch.setattr(data_text.fcntl, "fcntl", refuse)
+    calls.clear()
+    write_json({}, target)
+    assert calls == ["fsync", "replace", "fsync"]

@@ -28,6 +28,8 @@ from llmfs.data.text import (
     find_files,
     read_documents,
     text_field,
+    to_disk,
+    write_json,
 )
 
 # %% ../../nbs/01b_data.corpus.ipynb #406c03b4
@@ -184,24 +186,13 @@ class _Part:
         self.bytes += len(raw)
 
     def sync(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        to_disk(self.file)
 
     def facts(self):
         digest = self.sha256.hexdigest()
         return dict(documents=self.documents, bytes=self.bytes, sha256=digest)
 
 # %% ../../nbs/01b_data.corpus.ipynb #0061d83f
-def _write_json(path, value):
-    "Write beside the target, then take its place."
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
-
-
 def _read_json(path):
     "What a file of ours says, or nothing."
     try:
@@ -235,7 +226,7 @@ class _Work:
             part.sync()
         at = dict(request=self.request, stream=stream, position=position)
         at |= {side: part.facts() for side, part in self.parts.items()}
-        _write_json(self.folder / "journal.json", at)
+        write_json(at, self.folder / "journal.json")
 
     def full(self, sides):
         return all(self.parts[s].documents >= self.wanted[s] for s in sides)
@@ -288,7 +279,7 @@ def _finish(out, work, about):
             f"too few documents, {counts}: give more, put {EOT} between them, or train "
             "on the file as it is with `llmfs train --text`")
     manifest = dict(request=work.request, source=about, splits=facts)
-    _write_json(work.folder / "manifest.json", manifest)
+    write_json(manifest, work.folder / "manifest.json")
     return _publish(out, work.folder)
 
 # %% ../../nbs/01b_data.corpus.ipynb #1cf9ad4a

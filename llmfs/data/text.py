@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['EOT', 'OPENERS', 'READERS', 'split_stream', 'read_txt', 'read_md', 'text_field', 'read_jsonl', 'read_parquet',
-           'find_files', 'read_documents', 'belongs_to']
+           'find_files', 'read_documents', 'belongs_to', 'to_disk', 'folder_to_disk', 'beside', 'write_json']
 
 # %% ../../nbs/01a_data.text.ipynb #458a6516
 import bz2
+import fcntl
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import glob, has_magic
 from pathlib import Path
 from zlib import crc32
@@ -171,3 +173,49 @@ def belongs_to(
 ) -> str:  # "train" or "validation"
     "The side on which a text and all its copies stand."
     return "train" if crc32(text.encode("utf-8", "replace")) % share else "validation"
+
+# %% ../../nbs/01a_data.text.ipynb #152b75a6
+def to_disk(
+    file,  # open for writing
+) -> None:
+    "Have on the disk what was written so far."
+    file.flush()
+    try:
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # a Mac's fsync leaves it in the drive's cache
+    except (AttributeError, OSError):  # no Mac, or a disk that is not its own
+        os.fsync(file.fileno())
+
+
+def folder_to_disk(folder: Path) -> None:
+    "Have on the disk which names a folder holds."
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+# %% ../../nbs/01a_data.text.ipynb #e90eba72
+@contextmanager
+def beside(
+    path: str | Path,  # the file to replace; its folder is made where it is missing
+    part: Path | None = None,  # what it is called meanwhile; None: a name of this process
+):  # a binary file, open for writing and reading, that becomes `path` at the end
+    "Write beside, sync, rename. Raises OSError; what was there before is then untouched."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part or path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w+b") as f:
+            yield f
+            to_disk(f)
+        os.replace(part, path)
+        folder_to_disk(path.parent)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+# %% ../../nbs/01a_data.text.ipynb #994f621c
+def write_json(value: dict, path: str | Path) -> None:
+    "Write JSON that is whole or not there."
+    with beside(path) as f:
+        f.write(json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n")

@@ -7,14 +7,13 @@ __all__ = ['write_tokens', 'TokenFile', 'full_hash']
 
 # %% ../../nbs/01f_data.tokens.ipynb #312f45e3
 import hashlib
-import os
-from contextlib import contextmanager
 from itertools import chain
 from json import JSONDecodeError, loads
 from pathlib import Path
 
+from .text import beside, write_json
 from .words import cut_stream, map_blocks
-from ..tokenizer.vocab import load_tokenizer, write_json
+from ..tokenizer.vocab import load_tokenizer
 
 import numpy as np
 
@@ -65,20 +64,6 @@ class _Encoder:
 def _encoder_from(description):
     return _Encoder(load_tokenizer(description))
 
-# %% ../../nbs/01f_data.tokens.ipynb #cfaa3135
-@contextmanager
-def _beside(path):
-    "A file that takes the place of `path` only when it is complete and on the disk."
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(tmp, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
 # %% ../../nbs/01f_data.tokens.ipynb #77cb5147
 def _write_npy_header(f, dtype, n):
     f.seek(0)
@@ -97,8 +82,7 @@ def write_tokens(
     count = dict(n_tokens=0, n_documents=-1, n_bytes=0)
     digest, end = hashlib.sha256(), (np.array([tokenizer.eot_id], dtype), 0)
     encoded = map_blocks(_Encoder(tokenizer), _tasks(documents), n_processes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(path) as f:
+    with beside(path) as f:
         _write_npy_header(f, dtype, 0)
         for ids, size in chain(encoded, [end]):
             f.write(ids.data)

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ..data.text import folder_to_disk, to_disk, write_json
 from ..tokenizer.exchange import PretrainedError, read_json
-from ..tokenizer.vocab import write_json
 
 import mlx.core as mx
 import numpy as np
@@ -116,8 +116,7 @@ def write_safetensors(
             w = w.astype(dtype)
             bits = w.view(mx.uint16) if dtype == mx.bfloat16 else w
             f.write(np.ascontiguousarray(bits).data)
-        f.flush()
-        os.fsync(f.fileno())
+        to_disk(f)
 
 # %% ../../nbs/02d_model.files.ipynb #63fa4696
 def write_shards(
@@ -245,20 +244,12 @@ def new_folder(
     try:
         part.mkdir(parents=True)
         yield part
-        _sync(part)
+        folder_to_disk(part)
         _move(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/02d_model.files.ipynb #b2c9bbd4
-def _sync(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _move(part, out):
     "Put a finished folder in the place of what was there."
     old = out.with_name(f"{out.name}.{os.getpid()}.old")
@@ -270,5 +261,5 @@ def _move(part, out):
         if old.exists():
             os.rename(old, out)
         raise
-    _sync(out.parent)
+    folder_to_disk(out.parent)
     shutil.rmtree(old, ignore_errors=True)

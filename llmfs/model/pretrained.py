@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..data.text import write_json
 from .files import find_tensors, new_folder, read_tensor, write_shards
 from .transformer import GPT, GPTConfig, count_params
 from llmfs.tokenizer.exchange import (
@@ -21,7 +22,7 @@ from llmfs.tokenizer.exchange import (
     read_tokenizer,
     write_tokenizer,
 )
-from ..tokenizer.vocab import CharTokenizer, Tokenizer, write_json
+from ..tokenizer.vocab import CharTokenizer, Tokenizer
 
 import mlx.core as mx
 from mlx.utils import tree_flatten

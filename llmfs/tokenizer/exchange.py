@@ -10,6 +10,7 @@ __all__ = ['tokenizer_json', 'begin_id', 'write_tokenizer', 'from_tokenizer_json
 import json
 from pathlib import Path
 
+from ..data.text import write_json
 from ..data.words import GPT2_PATTERN
 from .bpe import find_merges
 from llmfs.tokenizer.vocab import (
@@ -19,7 +20,6 @@ from llmfs.tokenizer.vocab import (
     from_gpt2_files,
     hide_bytes,
     to_tokenizer_json,
-    write_json,
 )
 
 # %% ../../nbs/01g_tokenizer.exchange.ipynb #c79cffec

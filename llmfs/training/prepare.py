@@ -16,13 +16,9 @@ from pathlib import Path
 
 # %% ../../nbs/03g_training.prepare.ipynb #73eb5139
 from ..data.corpus import read_documents
+from ..data.text import write_json
 from ..data.tokens import TokenFile, write_tokens
-from llmfs.tokenizer.vocab import (
-    CharTokenizer,
-    load_tokenizer,
-    train_tokenizer,
-    write_json,
-)
+from ..tokenizer.vocab import CharTokenizer, load_tokenizer, train_tokenizer
 
 # %% ../../nbs/03g_training.prepare.ipynb #c27e3e18
 def _cut(text, share):
