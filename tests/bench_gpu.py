@@ -235,7 +235,7 @@ NANOGPT = dict(
 OURS = dict(
     shape=dict(n_layers=6, d_model=384, n_heads=6, d_ff=1536, max_seq_len=256,
                activation="relu2", dropout=0.1, init_std=0.02),
-    batch=64, steps=600, warmup=20, lr=3e-3, muon_lr=0.02, decay=0.0,
+    batch=64, steps=360, warmup=20, lr=3e-3, muon_lr=0.03, decay=1.0,
 )  # fmt: skip
 
 
