@@ -9,6 +9,7 @@ import textwrap
 import zipfile
 
 import llmfs
+from llmfs.data import text as data_text
 from llmfs.model.transformer import GPT, GPTConfig
 from llmfs.tokenizer.vocab import CharTokenizer
 from llmfs.training import checkpoint as ck
@@ -211,10 +212,10 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     path = save(tmp_path / "a.npz", small_model())
     before = path.read_bytes()
 
-    def full(fd):
+    def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ck, "_sync", full)
+    monkeypatch.setattr(data_text, "to_disk", full)
     with pytest.raises(ck.DiskFull, match="no space left to write .*a.npz.*untouched") as e:
         save(path, small_model(seed=1))
     assert e.value.errno == errno.ENOSPC

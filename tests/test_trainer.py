@@ -15,6 +15,7 @@ import llmfs
 import llmfs.training.checkpoint as ck
 import llmfs.training.step as st
 import llmfs.training.trainer as tr
+from llmfs.data import text as data_text
 from llmfs.model.transformer import GPT, GPTConfig
 from llmfs.tokenizer.vocab import CharTokenizer
 from llmfs.training.data_loader import DataLoader, TokenFile, write_tokens
@@ -506,15 +507,15 @@ def test_too_many_bad_steps_stop_the_run(data, tmp_path, poison):
 def test_full_disk_stops_the_run_and_loses_nothing(data, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trainer(data, whole).fit()
-    real, calls = ck._sync, []
+    real, calls = data_text.to_disk, []
 
-    def full(fd):
+    def full(file):
         calls.append(1)
         if len(calls) > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(fd)
+        real(file)
 
-    monkeypatch.setattr(ck, "_sync", full)
+    monkeypatch.setattr(data_text, "to_disk", full)
     with pytest.raises(ck.DiskFull, match="no space left"):
         trainer(data, parts).fit()
     monkeypatch.undo()

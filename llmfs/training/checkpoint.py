@@ -9,7 +9,6 @@ __all__ = ['SaveError', 'DiskFull', 'save_error', 'naming', 'atomic_write', 'Che
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #2173e148
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -17,9 +16,11 @@ import os
 import shutil
 import struct
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..data.text import beside, to_disk
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #121b20fc
 import llmfs
@@ -55,22 +56,9 @@ def naming(path: Path):
         raise (e if isinstance(e, SaveError) else save_error(e, path)) from e
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #892ba642
-def _sync(fd):
-    # on a Mac fsync leaves the data in the drive's own cache
-    fcntl.fcntl(fd, fcntl.F_FULLFSYNC) if hasattr(fcntl, "F_FULLFSYNC") else os.fsync(fd)
-
-def _sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
 def _remove(path):
-    try:
+    with suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #af29ae4d
 @contextmanager
@@ -79,19 +67,9 @@ def atomic_write(
 ):  # a binary file, open for writing and reading, that becomes `path` at the end
     "Write beside, sync, rename: old file or new one. Raises SaveError, DiskFull"
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "w+b") as f:
-                yield f
-                f.flush()
-                _sync(f.fileno())
-            os.replace(part, path)
-            _sync_folder(path.parent)
-    except BaseException:
-        _remove(part)
-        raise
+    part = path.with_name(path.name + ".part")  # one name: what a kill leaves is written over
+    with naming(path), beside(path, part) as f:
+        yield f
 
 # %% ../../nbs/03d_training.checkpoint.ipynb #c6e6e92e
 class CheckpointError(ValueError):
@@ -368,7 +346,7 @@ class RunLog:
                 lines = self.metrics.read()
                 self._open()
                 self.metrics.write(lines)
-            os.fsync(self.metrics.fileno())
+            to_disk(self.metrics)
             return self.metrics.seek(0, os.SEEK_END)
 
     def close(self):
