@@ -283,7 +283,9 @@ class Dropout(nn.Dropout):
         x: mx.array,  # any shape
     ) -> mx.array:  # the same shape
         "While training, zeros at random and the rest scaled up."
-        if self._p_1 == 1 or not self.training or self._seed is None:
+        if self._p_1 == 1 or not self.training:
+            return x
+        if self._seed is None:
             return super().__call__(x)
         key, self._seed = mx.random.split(self._seed)
         return mx.random.bernoulli(self._p_1, x.shape, key) * x / self._p_1

@@ -57,7 +57,7 @@ def project(
     *layers: nn.Module,  # each maps it to (..., F)
 ) -> list[mx.array]:  # for each (..., F)
     "Several layers of one input."
-    if not all(isinstance(layer, Linear) and layer.training for layer in layers):
+    if not (layers[0].training and all(isinstance(layer, Linear) for layer in layers)):
         return [layer(x) for layer in layers]
     found = products(x, *(layer.weight for layer in layers))
     return [y + n.bias if "bias" in n else y for y, n in zip(found, layers)]
