@@ -348,3 +348,29 @@ def test_a_planned_run_has_the_size_that_it_will_have(tmp_path, monkeypatch):
     assert found["tokens"] == 2000
     assert [found[k] for k in ("params", "body_params")] == [r[k] for k in ("params", "body_params")]
     assert np.isclose(found["flops"] / found["tokens"], r["flops"] / r["tokens"])
+
+
+def test_a_record_of_positions_holds_each_kind(tmp_path, monkeypatch):
+    kinds = ["rope", "learned"]
+    runs = [tiny(label="positions", positions=96, shape=tiny()["shape"] | dict(positions=k, max_seq_len=96)) for k in kinds]
+    for r in runs:
+        r["train"]["seed"] = 0
+    _, made, _ = run(tmp_path, [*runs, tiny()])
+    record(monkeypatch, tmp_path / "out.jsonl", "--out", tmp_path / "r.json", "--positions")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["trained"], found["length"]) == (64, 96)
+    assert [r["kind"] for r in found["runs"]] == kinds
+    assert [r["by_position"] for r in found["runs"]] == [r["by_position"] for r in made[:2]]
+
+
+def test_the_list_of_runs_holds_what_the_records_hold():
+    results = ROOT / "nbs/results"
+    grid = json.loads((results / "sweep_grid.json").read_text(encoding="utf-8"))
+    known = [(Path(r["corpus"]).stem, r["label"], r["shape"], r["train"]) for r in grid]
+    assert len({sweep.name_of(r) for r in grid}) == len(grid)
+    for name in ("scaling_stories", "scaling_stories_all", "scaling_books"):
+        r = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for x in [*r["runs"], r["largest"]]:
+            assert (r["corpus"], x["label"], x["shape"], x["train"]) in known
+    r = json.loads((results / "positions_books.json").read_text(encoding="utf-8"))
+    assert ("books", "positions", r["shape"], r["train"]) in known

@@ -21,7 +21,7 @@ import numpy as np
 
 SHARE, DRAWS, DELTA = 0.9, 1000, 0.2
 SIZES = ("params", "body_params", "tokens", "flops")
-REACHED = ("loss", "loss_error", "bits_per_byte", "bits_error", "floor", "ratio", "ratio_error", "curve")
+REACHED = ("loss", "loss_error", "bits_per_byte", "bits_error", "floor", "ratio", "ratio_error", "epoch", "curve")
 
 
 def corpus_of(line: dict) -> str:
@@ -86,7 +86,7 @@ def first(lines: list[dict], args) -> dict:
         largest = [planned(r, lines) for r in grid if r["label"] == "largest" and Path(r["corpus"]).stem == args.corpus]
     record = dict(
         what=args.what, corpus=args.corpus, device=lines[0]["device"], versions=lines[0]["versions"],
-        precision=lines[0]["precision"], tokenizer=lines[0]["tokenizer"])  # fmt: skip
+        precision=lines[0]["precision"], tokenizer=lines[0]["tokenizer"], data=lines[0].get("data"))  # fmt: skip
     given = (args.corpus == "stories", args.params, args.least_tokens)
     record["prediction"] = predict(runs, largest[0], *given) if largest else None
     return record | dict(largest=largest[0] if largest else None, runs=runs)
@@ -106,10 +106,11 @@ def positions(lines: list[dict], args) -> dict:
     "The record of the runs that differ in how they tell positions."
     kept = [x for x in lines if x["run"]["label"] == "positions"]
     run = kept[0]["run"]
-    runs = [dict(kind=x["run"]["shape"]["positions"], seed=x["run"]["train"]["seed"], by_position=x["by_position"],
-                 **{k: x[k] for k in ("params", "tokens", "seconds")}) for x in kept]  # fmt: skip
-    return dict(
-        what=args.what, corpus=args.corpus, device=kept[0]["device"], versions=kept[0]["versions"],
+    reached = ("params", "tokens", "seconds", "bits_per_byte", "bits_error")
+    runs = [dict(kind=x["run"]["shape"]["positions"], seed=x["run"]["train"]["seed"],
+                 by_position=x["by_position"], **{k: rounded(x[k]) for k in reached}) for x in kept]  # fmt: skip
+    about = {k: kept[0][k] for k in ("device", "versions", "precision", "data")}
+    return dict(what=args.what, corpus=args.corpus) | about | dict(
         shape=run["shape"], train=run["train"], trained=run["train"]["seq_len"], length=run["positions"],
         runs=runs)  # fmt: skip
 
