@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import llmfs
 from llmfs.cli import describe
@@ -19,7 +20,7 @@ from llmfs.data.tokens import TokenFile, write_tokens
 from llmfs.model import moe  # makes mixtures known  # noqa: F401
 from llmfs.model.transformer import GPT, GPTConfig
 from llmfs.tokenizer.vocab import CharTokenizer
-from llmfs.training import step
+from llmfs.training import distributed, step
 from llmfs.training.checkpoint import load_checkpoint, read_log
 from llmfs.training.data_loader import Batch
 from llmfs.training.distributed import Watch, _my_rows, join_ranks, launch, launched
@@ -329,6 +330,21 @@ def test_a_rank_that_never_comes(data):
     assert codes == [-9]
     assert said == [["llmfs: rank 0 of 2 ends: the others did not come within 1 s; "
                      "start all of them at once, with mlx.launch"]]  # fmt: skip
+
+
+def test_a_rank_lost_while_weights_are_given_out_is_a_lost_rank():
+    ranks = object.__new__(distributed.Ranks)
+    ranks.rank, ranks.size, ranks.folder, ranks.watch = 1, 2, None, Watch(ranks.farewell)
+    ranks.same = lambda told: None
+
+    def hold(model, optimizer):
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    ranks.hold = hold
+    trainer = SimpleNamespace(cfg=TrainConfig(), at=SimpleNamespace(step=0),
+                              train=SimpleNamespace(header=dict(sha256="")))  # fmt: skip
+    with pytest.raises(distributed.LostRank, match="start all of them anew"):
+        ranks.share(trainer, None, None)
 
 
 def test_a_full_disk_on_rank_0_ends_all_with_its_line(data):

@@ -225,7 +225,8 @@ class _Weights:
     def share(self, trainer, model, optimizer):
         told = trainer.cfg.to_dict() | {"step": trainer.at.step}
         self.same(told | {"text": trainer.train.header["sha256"]})
-        return self.hold(model, optimizer)
+        with self.guard():
+            return self.hold(model, optimizer)
 
     def newest(self, folder, say):
         def first():
