@@ -162,8 +162,8 @@ class Plan:
     source: str  # "measured" on this machine, or "predicted" from a chip's data sheet
     params: int  # of the model
     train: dict  # the recipe
-    memory: dict  # bytes, by what holds them; "total" is the peak
-    room: float  # bytes that the run may take: three quarters of the memory
+    memory: dict  # bytes, by what holds them; "total" is the peak, with what is under way
+    room: float  # bytes that the run must fit into: three quarters of the memory
     parts: dict  # seconds of one step, by part
     tokens: int  # in one step
     flops: float  # of one step
@@ -177,7 +177,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory["total"] <= self.room
+        return _held(self.memory) <= self.room
 
     @property
     def hours(self) -> float:
@@ -214,7 +214,7 @@ def plan(
         parts, peak = step_parts(cfg, train), matmul_flops(2048, train.precision, 0.2)
     tokens = train.grad_accum * train.batch_size * train.seq_len
     flops = flops_per_token(cfg, train.seq_len) * tokens
-    advice = "" if need["total"] <= room else _advice(cfg, train, chip, room)
+    advice = "" if _held(need) <= room else _advice(cfg, train, chip, room)
     return Plan(size, machine.chip, "predicted" if chip else "measured", count_params(cfg),
                 train.to_dict(), need, room, parts, tokens, flops, peak, advice)  # fmt: skip
 
@@ -239,17 +239,22 @@ def _memory(cfg, train, chip=None, **changed):
     need = memory_bytes(
         cfg, train.batch_size, train.seq_len, activation_bytes=2 if half else 4,
         optimizer_slots=1 if train.optimizer == "muon" else 2,
-        fused=False if chip else None, recompute=train.grad_checkpoint,
+        fused=False if chip else None, recompute=train.grad_checkpoint, add_up=train.grad_accum > 1,
     )._asdict()  # fmt: skip
-    if not chip and hardware().backend == "cuda" and train.optimizer == "muon":
-        spare = 0.95 * hardware().memory_bytes - need["total"]  # the GPU works behind
-        need["total"] += int(min(12 * count_params(cfg), max(0, spare)))
+    spare = max(0, int(0.95 * hardware().memory_bytes) - need["total"])
+    need["under_way"] = min(need["under_way"], spare)  # where it is short, MLX waits
+    need["total"] += need["under_way"]
     return need
+
+
+def _held(need):
+    "Bytes that no waiting gives back"
+    return need["total"] - need["under_way"]
 
 # %% ../nbs/06a_plan.ipynb #c359268c
 def _advice(cfg, train, chip, room):
     "One line: what would fit into `room`."
-    total = lambda **changed: _memory(cfg, train, chip, **changed)["total"]
+    total = lambda **changed: _held(_memory(cfg, train, chip, **changed))
     for again in {train.grad_checkpoint, True}:
         B = train.batch_size
         while B > 1 and total(batch_size=B, grad_accum=2, grad_checkpoint=again) > room:

@@ -183,19 +183,36 @@ def flops_per_token(
     return forward * (3 if training else 1)
 
 # %% ../../nbs/02c_model.transformer.ipynb #06ff8c5f
-def _floats_per_token(cfg, B, L, fused, recompute=False):
-    D, V, (F, carried) = cfg.d_model, cfg.vocab_size, cfg.mlp_widths(B * L)
+_PIECE = 1 << 30  # bytes of logits at once: the loss makes more of them in pieces
+
+def _floats_per_token(cfg, B, L, logits, recompute=False):
+    D, (F, carried) = cfg.d_model, cfg.mlp_widths(B * L)
     HK, GK = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     heads = (7 if cfg.qk_norm else 5) * HK + 4.5 * GK
     wide = {"swiglu": 4.5, "gelu": 4, "relu2": 2.5}[cfg.activation] * F + carried
-    scores = 0 if fused else cfg.n_heads * L * (0.65 if L > 128 else 0.95)
-    passing = 16 * D + 3.4 * F + carried + (0 if fused else cfg.n_heads * L)
-    logits = 3.5 * V
+    scores = cfg.n_heads * L * (0.65 if L > 128 else 0.95)
+    passing = 16 * D + 3.4 * F + carried + cfg.n_heads * L
     layer = 4 * D + heads + wide + scores
     if recompute:  # one layer at a time, or the loss, whichever is larger
-        inside = 20 * D + 3.3 * wide + (0 if fused else 0.45 * cfg.n_heads * L)
-        return cfg.n_layers * 1.8 * D + max(inside, 1.2 * logits)
-    return cfg.n_layers * layer + passing + logits
+        inside = 20 * D + 3.3 * wide + 0.45 * cfg.n_heads * L
+        return cfg.n_layers * 1.8 * D + max(inside, 4.2 * logits)
+    return cfg.n_layers * layer + passing + 3.5 * logits
+
+# %% ../../nbs/02c_model.transformer.ipynb #c7d1a05e
+_AHEAD = 10 * 1000 << 20  # bytes: ten portions of work of 1000 MiB
+
+def _floats_on_cuda(cfg, T, logits, recompute=False):
+    "Numbers a token that are needed at once, and all that a step makes."
+    D, N, (F, carried) = cfg.d_model, cfg.n_layers, cfg.mlp_widths(T)
+    HK, GK = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    sums = 4 * D  # the stream and its norm, before each branch
+    heads = (2 if cfg.qk_norm else 1) * (HK + 2 * GK) + HK  # as projected, as split; attended
+    wide = (3 if cfg.activation == "swiglu" else 2) * F + carried
+    layer = sums + heads + wide
+    made = 2 * N * layer + 2 * cfg.vocab_size  # each has a gradient
+    if recompute:  # one layer with its gradients, or the loss, whichever is larger
+        return N * D + max(2 * layer, 2 * logits), N * D + made
+    return N * layer + 2 * logits, made
 
 # %% ../../nbs/02c_model.transformer.ipynb #741ceae3
 class Memory(NamedTuple):
@@ -207,6 +224,7 @@ class Memory(NamedTuple):
     activations: int  # kept from the forward pass for the backward pass
     cache: int  # keys and values while decoding
     total: int  # peak: of the backward pass or of the update, whichever is larger
+    under_way: int = 0  # on CUDA, beside it: for work that the GPU has still to do
 
 # %% ../../nbs/02c_model.transformer.ipynb #36b9b710
 def memory_bytes(
@@ -219,6 +237,7 @@ def memory_bytes(
     optimizer_slots: int = 2,  # float32 arrays a parameter: AdamW 2, Muon 1
     fused: bool | None = None,  # kernels that keep no scores, as on CUDA; None: here
     recompute: bool = False,  # keep what goes into a layer and compute the rest again
+    add_up: bool = False,  # gradients of several batches, in float32
 ) -> Memory:
     "Memory of a training step, or of decoding to `seq_len`."
     L = cfg.max_seq_len if seq_len is None else seq_len
@@ -228,8 +247,17 @@ def memory_bytes(
         cache = 2 * cfg.n_layers * T * cfg.n_kv_heads * cfg.head_dim * activation_bytes
         return Memory(weights, 0, 0, 0, cache, weights + cache)
     fused = mx.cuda.is_available() if fused is None else fused
-    floats = _floats_per_token(cfg, batch, L, fused, recompute)
+    half, V = activation_bytes < 4, cfg.vocab_size
+    logits, ahead = min(V, _PIECE / (T * activation_bytes)), 0
+    if fused:
+        floats, made = _floats_on_cuda(cfg, T, logits, recompute)
+    else:
+        floats = _floats_per_token(cfg, batch, L, logits, recompute)
     activations, optimizer = int(T * floats * activation_bytes), P * 4 * optimizer_slots
-    copy = P * activation_bytes if activation_bytes < 4 else 0  # the one that computes
-    step = weights + copy + optimizer + max(activations, weights)
-    return Memory(weights, weights, optimizer, activations, 0, max(step, 28 * P))
+    copy = slopes = P * activation_bytes if half else weights  # the copy computes
+    sums = 4 * P * add_up
+    if fused:  # made too: the copy, and the gradient in float32 that the update uses
+        ahead = int(min(_AHEAD, T * (made - floats) * activation_bytes + copy * half + weights))
+    step = weights + copy * half + optimizer + sums + max(activations, slopes)
+    update = 2 * weights + 2 * (optimizer if fused else 8 * P) + (sums or slopes)
+    return Memory(weights, sums or slopes, optimizer, activations, 0, max(step, update), ahead)
