@@ -21,7 +21,7 @@ def _in_pieces(n):
         loss, dh, dw = mx.array(0.0), [], None
         cuts = np.cumsum([len(a) for a in np.array_split(np.arange(len(y)), n)])[:-1].tolist()
         for x, t in zip(mx.split(h, cuts), mx.split(y, cuts)):
-            x = x if dw is None else mx.depends(x, dw)
+            x = x if dw is None else mx.depends(x, [dw, dh[-1]])
             of = lambda logits, t=t: token_nll(logits, t).sum() * weight
             (nll,), (d,) = mx.vjp(of, [x @ w.T], [mx.array(1.0)])
             dh.append(d @ w)
