@@ -433,7 +433,10 @@ def test_count_equals_the_built_model(variant):
     assert count_params(cfg, embeddings=False) == inner
 
 
-@pytest.mark.parametrize("name", PRESETS)
+DENSE = [name for name in PRESETS if not name.startswith("moe-")]  # others may have imported mixtures
+
+
+@pytest.mark.parametrize("name", DENSE)
 def test_presets_have_the_size_of_their_name(name):
     cfg = preset(name)
     before = mx.get_active_memory()
