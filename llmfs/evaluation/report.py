@@ -306,6 +306,7 @@ def measure_preset(
 ) -> dict:  # JSON-ready
     "Build a preset, count it twice, run a step if it is small. Raises ValueError if they differ."
     cfg = preset(name, vocab_size=vocab_size)
+    mx.random.seed(0)  # the same weights, and the same loss, each time
     model, P = GPT(cfg), count_params(cfg)
     built = sum(a.size for _, a in tree_flatten(model.parameters()))
     if built != P:
