@@ -58,9 +58,13 @@ def _gelu_vjp(x, d, y):
     return d * (s + x * s * (1 - s) * (c * (1 + 3 * 0.044715 * x * x)))
 
 # %% ../../nbs/02c_model.block.ipynb #4ca793a8
+def _relu2_plainly(x):
+    return mx.square(mx.maximum(x, 0))
+
+
 @mx.custom_function
 def _relu2(x):
-    return mx.square(mx.maximum(x, 0))
+    return _relu2_plainly(x)
 
 
 @_relu2.vjp
@@ -68,10 +72,6 @@ def _relu2_vjp(x, d, y):
     return d * (2 * mx.maximum(mx.depends(x, d), 0))
 
 # %% ../../nbs/02c_model.block.ipynb #868b74c7
-def _relu2_plainly(x):
-    return mx.square(mx.maximum(x, 0))
-
-
 _PLAIN = dict(swiglu=_swish_gate, gelu=gelu, relu2=_relu2_plainly)
 _FUSED = dict(swiglu=_in_one_kernel,
               gelu=mx.compile(gelu, shapeless=True),

@@ -214,8 +214,7 @@ def run_gather(
     plan, expert = plan_sorted(choice, experts.up_proj.weight.shape[0])
     expert = mx.stop_gradient(expert)
     options = dict(rhs_indices=expert, sorted_indices=True)
-    turned = lambda weights: (w.swapaxes(1, 2) for w in weights)
-    times = lambda x, *w: [mx.gather_mm(x, v, **options) for v in turned(w)]
+    times = lambda x, *weights: [mx.gather_mm(x, w.swapaxes(1, 2), **options) for w in weights]
     rows = _spread(x, plan.token, plan.slots)[:, None]  # (S, 1, D)
     y = experts(rows, plan.weight[:, None], times)[:, 0]
     return _collect(y, plan.token, plan.slots)

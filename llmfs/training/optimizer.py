@@ -251,15 +251,10 @@ def _gather(arrays, names, flat):
     return mx.stack([arrays[n] for n in names]).astype(mx.float32)
 
 
-def _scatter(x, params, names, flat):
-    "The way back: name to array, in each parameter's own shape and precision."
+def _scatter(x, params, names):
+    "A vector's way back: name to array, in each parameter's own shape and precision."
     old = [params[n] for n in names]
-    if len(names) == 1:
-        parts = [x]
-    elif flat:
-        parts = mx.split(x, np.cumsum([p.size for p in old[:-1]]).tolist())
-    else:
-        parts = mx.split(x, len(names))
+    parts = mx.split(x, np.cumsum([p.size for p in old[:-1]]).tolist()) if len(names) > 1 else [x]
     return {n: a.reshape(p.shape).astype(p.dtype) for n, p, a in zip(names, old, parts)}
 
 # %% ../../nbs/03b_training.optimizer.ipynb #9981db3f
@@ -356,7 +351,7 @@ class AdamW(_Means):
             g, decay = g if shrink is None else g * shrink, lr * decay if decay else None
             p, m[key], v[key] = _adamw(
                 p, g, m[key], v[key], rate, eps, decay, self.betas, good)  # fmt: skip
-            new |= _scatter(p, params, b, True)
+            new |= _scatter(p, params, b)
         return new
 
 # %% ../../nbs/03b_training.optimizer.ipynb #45f13695
