@@ -37,6 +37,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'llmfs.cli.TrainTokenizer': ('cli.html#traintokenizer', 'llmfs/cli.py'),
                            'llmfs.cli.TrainTokenizer.run': ('cli.html#traintokenizer.run', 'llmfs/cli.py'),
                            'llmfs.cli.UsageError': ('cli.html#usageerror', 'llmfs/cli.py'),
+                           'llmfs.cli.called': ('cli.html#called', 'llmfs/cli.py'),
                            'llmfs.cli.describe': ('cli.html#describe', 'llmfs/cli.py'),
                            'llmfs.cli.fold_box': ('cli.html#fold_box', 'llmfs/cli.py'),
                            'llmfs.cli.main': ('cli.html#main', 'llmfs/cli.py'),

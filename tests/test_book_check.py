@@ -89,3 +89,5 @@ def test_without_a_browser_it_says_so_and_skips(tmp_path):
     (tmp_path / "book" / "_site" / "index.html").touch()
     done = run()
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "skipped, no Chromium" in done.stdout
+    env["CI"] = "true"
+    assert run().returncode == 1
