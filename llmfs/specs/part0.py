@@ -8,6 +8,8 @@ __all__ = ['exercise']
 # %% ../../nbs/07a_specs.part0.ipynb #0cd2f417
 import math
 import re
+import subprocess
+import sys
 
 from ..exercises import case, chapter, holds
 
@@ -148,3 +150,50 @@ def _():
             total = total + mx.array(1 / 1024, dtype=dtype)
         totals.append(total.item())
     return tuple(totals)
+
+# %% ../../nbs/07a_specs.part0.ipynb #b8da82a8
+exercise = chapter("00b_grading")
+
+
+@exercise(8, "What a file leaves behind", "names")
+def _():
+    bound = {"math", "where", "_half", "area", "sizes", "i"}  # square and r live elsewhere
+    return sorted(n for n in bound if n[0] != "_")
+
+
+@exercise(9, "The line to blame", "blame(text)")
+def _(rng):
+    inside = "def f(x):\n    return 1 / x\n\nf(1)\nf(0)\n"
+    library = "import json\nx = 1\njson.loads('{')\n"
+    caught = "try:\n    1 / 0\nexcept ZeroDivisionError:\n    pass\n"
+    yield ("x = 1\ny = x / 0\n",), 2
+    yield ("x = 1\n",), None
+    yield (inside,), 2
+    yield (inside.replace("f(0)", "f(2)"),), None
+    yield (library,), 3
+    yield ("def f():\n" + "    " + "import json\n" + "    json.loads('')\n\n\nf()\n",), 3
+    yield ("x = 1\nif x\n    y = 2\n",), 2
+    yield ("x = 1\n\nexec('1 +')\n",), 3
+    yield ("import sys\n\n\nsys.exit()\n",), 4
+    yield (caught,), None
+
+# %% ../../nbs/07a_specs.part0.ipynb #0fd96bad
+@exercise(10, "Three ends of a process", "outcome(code, seconds)")
+def _(rng):
+    yield ("x = 1", 20), "done"
+    yield ("print('failed', flush=True)", 20), "done"
+    yield ("1 / 0", 20), "failed"
+    yield ("import os; os._exit(3)", 20), "failed"
+    yield ("import sys; sys.exit(0)", 20), "done"
+    yield ("while True: pass", 0.5), "stopped"
+
+
+@exercise(11, "A verdict of one's own", "cheat")
+def _():
+    def fools(text):
+        verdict = "\nprint('right' if double and double(4) == 8 else 'wrong')"
+        command = [sys.executable, "-c", text + verdict]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return done.stdout.endswith("right\n") and "double" not in text
+
+    return holds("a text that the loose grader finds right, without the word double", fools)
