@@ -357,3 +357,54 @@ def test_dropout_is_off_and_comes_back(tok):
     model = make_model(tok.vocab_size, dropout=0.5).train()
     a, b = (generate(model, tok, "the", max_tokens=10, temperature=0).ids for _ in range(2))
     assert a == b and model.training
+
+
+# --- decoding in pieces -----------------------------------------------------------------------
+
+
+KINDS = {
+    "preset": dict(),
+    "grouped, free head": dict(n_kv_heads=2, tie_embeddings=False),
+    "gpt2": dict(norm="layernorm", activation="gelu", positions="learned", qk_norm=False, bias=True),
+    "none": dict(positions="none"),
+    "mixture": dict(kind="moe", n_experts=4, top_k=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", [None, [0, 2]])
+def test_compiled_pieces_give_the_logits_of_the_whole_model(kind, padding):
+    import llmfs.model.moe  # noqa: F401  makes mixtures known
+    from llmfs.evaluation.decoding import Decoder
+    from llmfs.hardware import hardware
+    from llmfs.model.block import GPTConfig
+
+    if hardware().backend == "cpu" and not hardware().compiler:
+        pytest.skip("mx.compile needs a C++ compiler here")
+    mx.random.seed(0)
+    base = dict(vocab_size=50, n_layers=2, d_model=32, n_heads=4, max_seq_len=400, init_std=0.2)
+    model = GPT(GPTConfig.from_dict(base | KINDS[kind]))
+    model.eval()
+    prompt = mx.random.randint(0, 50, (2, 250))
+    whole, mine = (model.make_cache(left_padding=padding) for _ in range(2))
+    token = [mx.argmax(model(prompt, cache=c)[:, -1:], axis=-1) for c in (whole, mine)][0]
+    step = Decoder(model, compiled=True)
+    for _ in range(12):  # past 256, where caches grow
+        a, b = model(token, cache=whole)[:, -1], step(token, mine)
+        assert mx.allclose(a, b, atol=1e-4)
+        token = mx.argmax(a, axis=-1)[:, None]
+    for cache in (whole, mine):  # a text is finished: fewer rows
+        for layer in cache:
+            layer.keep(mx.array([1]))
+    assert mx.allclose(model(token[1:], cache=whole)[:, -1], step(token[1:], mine), atol=1e-4)
+
+
+def test_texts_are_the_same_with_compiled_pieces(model, tok, monkeypatch):
+    from llmfs.hardware import hardware
+
+    if hardware().backend == "cpu" and not hardware().compiler:
+        pytest.skip("mx.compile needs a C++ compiler here")
+    write = lambda: [g.ids for g in generate_batch(model, tok, ["a", "the cat", ""], max_tokens=12, seed=3)]  # noqa: E731
+    plain = write()
+    monkeypatch.setattr("llmfs.evaluation.decoding.compile_pays", lambda: True)
+    assert write() == plain

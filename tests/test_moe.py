@@ -389,7 +389,7 @@ def test_the_terms_by_hand():
     "Two tokens, two experts; scores that do not sum to 1 are shares of their sum."
     z = mx.array([[1.0, 0.0], [2.0, 0.0]])
     choice = Choice(mx.array([[0], [0]]), None, mx.array([[0.6, 0.2], [0.4, 0.4]]), z)
-    value = lambda **f: balance_terms(Routing(n_experts=2, top_k=1, **f), choice).item()  # noqa: E731
+    value = lambda **f: balance_terms(Routing(n_experts=2, top_k=1, router="sigmoid", **f), choice).item()  # noqa: E731
     square = np.mean([np.log(np.e + 1) ** 2, np.log(np.e**2 + 1) ** 2])
     assert value(balance="none", z_weight=0.5) == pytest.approx(0.5 * square, rel=1e-5)
     assert value(aux_weight=3.0, z_weight=0.0) == pytest.approx(3 * 2 * (0.75 + 0.5) / 2, rel=1e-5)

@@ -6,8 +6,8 @@ Every part is measured on its own; one that fails leaves its error in the record
 """
 
 import argparse
-import gc
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -55,17 +55,23 @@ def shape(args, fields):
     }) if fields else cfg  # fmt: skip
 
 
-def clock(run, args) -> list[float]:
-    "Seconds of each repetition, after a warm-up"
+def clock(run, args, window=4) -> list[float]:
+    "Seconds of one repetition: several under way at once, as in training, after a warm-up"
     for _ in range(args.warmup):
         mx.eval(run())
-    mx.synchronize()
     took = []
     for _ in range(args.steps):
-        start = time.perf_counter()
-        mx.eval(run())
         mx.synchronize()
-        took.append(time.perf_counter() - start)
+        start, last = time.perf_counter(), None
+        for _ in range(window):
+            now = run()
+            mx.async_eval(now)
+            if last is not None:
+                mx.eval(last)
+            last = now
+        mx.eval(last)
+        mx.synchronize()
+        took.append((time.perf_counter() - start) / window)
     return took
 
 
@@ -114,6 +120,24 @@ def pieces(step, batch, args) -> dict:
     return out
 
 
+def apart(part, args) -> dict:
+    "`measure` in a process of its own: how MLX starts kernels is settled once a process"
+    told = json.dumps([part, {k: v for k, v in vars(args).items() if k != "out"}])
+    done = subprocess.run([sys.executable, __file__, "--worker"], input=told, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else dict(error=done.stderr.strip()[-600:])
+
+
+def worker():
+    part, args = json.load(sys.stdin)
+    try:
+        found = measure(part, argparse.Namespace(**args))
+    except Exception as e:
+        traceback.print_exc()
+        found = dict(error=f"{type(e).__name__}: {e}")
+    print(json.dumps(found), flush=True)
+
+
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--size", default="tiny", help="preset of the dense model")
@@ -130,19 +154,17 @@ def main(argv=None) -> int:
     p.add_argument("--only", nargs="+", help="paths to measure, of those in `parts`")
     p.add_argument("--pieces", action="store_true", help="also forward and backward alone")
     p.add_argument("--out", type=Path, default=Path("bench_moe.json"))
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
+    if args.worker:
+        worker()
+        return 0
     machine = hardware()
     record = dict(device=str(machine), backend=machine.backend, mlx=mx.__version__,
                   llmfs=llmfs.__version__, precision=pick_precision(args.precision), parts=[])  # fmt: skip
-    record["asked"] = {k: v for k, v in vars(args).items() if k != "out"}
+    record["asked"] = {k: v for k, v in vars(args).items() if k not in ("out", "worker")}
     for part in parts(args):
-        try:
-            part |= measure(part, args)
-        except Exception as e:
-            part["error"] = f"{type(e).__name__}: {e}"
-            traceback.print_exc()
-        gc.collect()
-        mx.clear_cache()
+        part |= apart(part, args)
         record["parts"].append(part)
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         said = part.get("error") or f"{1000 * part['median']:.1f} ms, {part['peak_bytes'] / 1e9:.1f} GB"

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from .decoding import decoder
+
 import mlx.core as mx
 import numpy as np
 
@@ -256,7 +258,7 @@ class _Batch:
 
     def __init__(self, model, rows, s, logprobs):
         self.model, self.rows, self.s, self.logprobs = model, rows, s, logprobs
-        self.n_tokens = rows[0].n_tokens  # ids above are the model's own padding
+        self.step, self.n_tokens = decoder(model), rows[0].n_tokens  # ids above are the model's own padding
         u = [uniforms(s.seed, row.index, s.max_tokens) for row in rows]
         self.state = {"u": mx.array(np.stack(u))}  # (B, max_tokens)
         if s.repetition_penalty != 1:
@@ -278,7 +280,7 @@ class _Batch:
     def advance(self, t):
         "Choose token t of every row after running token t-1."
         last = self.state["token"][:, None]  # (B, 1)
-        self._choose(self.model(last, cache=self.cache)[:, -1], t)
+        self._choose(self.step(last, self.cache), t)
 
     def _choose(self, logits, t):
         state, seen = self.state, self.state.get("seen")

@@ -219,8 +219,13 @@ class _Projections(nn.Module):
 
 # %% ../../nbs/02b_model.attention.ipynb #7931012c
 class _Heads(_Projections):
-    def _step_by_step(self, x, cache):
-        B, L, D = x.shape
+    def heads(
+        self,
+        x: mx.array,  # (B, L, D)
+        offset: int | mx.array = 0,  # position of the first
+    ) -> tuple:  # queries (B, H, L, K), keys and values (B, G, L, K)
+        "What attention works on: projected, normalised, rotated."
+        B, L, _ = x.shape
         H, G, K = self.n_heads, self.n_kv_heads, self.head_dim
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k = q.reshape(B, L, H, K), k.reshape(B, L, G, K)
@@ -229,10 +234,7 @@ class _Heads(_Projections):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)  # (B, H, L, K), (B, G, L, K)
         if self.rope is not None:
-            offset = 0 if cache is None else cache.offset
             q, k = self.rope(q, offset), self.rope(k, offset)
-        if cache is not None:
-            k, v = cache.update(k, v)  # (B, G, S, K)
         return q, k, v
 
     def _in_one_pass(self, x):
@@ -242,6 +244,14 @@ class _Heads(_Projections):
         eps = norms[0].eps if norms else 0.0
         (qkv,) = products(x, w)
         return split_heads(qkv, self.n_heads, self.n_kv_heads, scales, eps, self.rope)
+
+    def merge(
+        self,
+        out: mx.array,  # (B, H, L, K) what the heads gathered
+    ) -> mx.array:  # (B, L, D)
+        "Heads side by side, and projected."
+        B, H, L, K = out.shape
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, H * K))
 
 # %% ../../nbs/02b_model.attention.ipynb #d8abf5d2
 class Attention(_Heads):
@@ -257,7 +267,7 @@ class Attention(_Heads):
         if cache is None and fits_kernel(self.head_dim, self.rope) and "bias" not in self.q_proj:
             q, k, v = self._in_one_pass(x)
         else:
-            q, k, v = self._step_by_step(x, cache)
-        out = attend(q, k, v, mask, causal=True)  # (B, H, L, K)
-        B, H, L, K = out.shape
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, H * K))
+            q, k, v = self.heads(x, 0 if cache is None else cache.offset)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, G, S, K)
+        return self.merge(attend(q, k, v, mask, causal=True))

@@ -69,10 +69,10 @@ class Rope(_Tables):
     def __call__(
         self,
         x: mx.array,  # (..., L, K) queries or keys
-        offset: int = 0,  # position of the first row
+        offset: int | mx.array = 0,  # position of the first row
     ) -> mx.array:  # (..., L, K)
         "Turn each row by its position."
-        if mx.default_device() != mx.cpu:
+        if mx.default_device() != mx.cpu or isinstance(offset, mx.array):
             return mx.fast.rope(
                 x, self.head_dim, traditional=self.interleaved,
                 base=self.theta, scale=1.0, offset=offset,

@@ -8,6 +8,7 @@ __all__ = ['split_plainly', 'fits_kernel', 'split_heads']
 # %% ../../nbs/02a_model.heads.ipynb #b49fc226
 from functools import cache
 
+from ..hardware import on_cuda
 from .embedding import Rope
 
 import mlx.core as mx
@@ -164,8 +165,7 @@ def fits_kernel(
 ) -> bool:
     "Whether heads of this kind can be split by one kernel here."
     halves = rope is None or not rope.interleaved
-    on_cuda = mx.default_device() == mx.gpu and mx.cuda.is_available()
-    return on_cuda and halves and head_dim in (16, 32, 64, 128)
+    return on_cuda() and halves and head_dim in (16, 32, 64, 128)
 
 
 def split_heads(

@@ -12,6 +12,32 @@ from ..exercises import case, chapter, holds
 
 import numpy as np
 
+# %% ../../nbs/07e_specs.part4.ipynb #35bf3c06
+exercise = chapter("04a_evaluation.decoding")
+
+
+@exercise(7, "Which is slower", "rate(n, build_us, hand_us, gpu_us)")
+def _(rng):
+    for n, build, hand, gpu in [(228, 3, 6, 300), (228, 0, 1, 300), (10, 1, 1, 20), (500, 2.5, 0.5, 1600)]:
+        yield (n, build, hand, gpu), 1e6 / (gpu if gpu > n * (build + hand) else n * (build + hand))
+
+
+@exercise(8, "When the GPU decides", "rows_until_bound(host_ms, weight_ms, row_ms)")
+def _(rng):
+    for host, weight, row in [(2.0, 0.5, 0.1), (1.0, 0.25, 0.25), (0.5, 1.0, 0.1), (3.0, 0.1, 1.3)]:
+        rows = 1
+        while weight + rows * row <= host + 1e-12:
+            rows += 1
+        yield (host, weight, row), rows
+
+
+@exercise(9, "A position that was recorded", "stuck(f)")
+def _(rng):
+    for scale in (1.0, 3.0):
+        show = f"stuck(lambda x, at: {scale} * x * at)"
+        run = lambda f, s=scale: np.array(f(lambda x, at: s * x * at))
+        yield case(show, run, np.full((2, 3), scale))
+
 # %% ../../nbs/07e_specs.part4.ipynb #6888c102
 exercise = chapter("04a_evaluation.generate")
 SIX = [0.4, 0.3, 0.15, 0.1, 0.03, 0.02]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 # %% ../../nbs/03f_training.distributed.ipynb #a296e07b
 import llmfs
+from ..hardware import launch_plainly
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -409,6 +410,7 @@ def join_ranks(
     rank, size = launched()
     if size == 1:
         return OneProcess()
+    launch_plainly()
     words = (f"llmfs: rank {rank} of {size} ends: the others did not come within "
              f"{patience:.0f} s; start all of them at once, with mlx.launch")  # fmt: skip
     try:

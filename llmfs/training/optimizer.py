@@ -10,6 +10,8 @@ __all__ = ['SCHEDULES', 'QUINTIC', 'adamw_step', 'decays', 'warmup_cosine', 'war
 # %% ../../nbs/03b_training.optimizer.ipynb #02fb3b9f
 import math
 
+from ..hardware import on_cuda
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -383,8 +385,7 @@ class _Momentum(AdamW):
             raise ValueError(f"ns_steps must be at least 1, not {ns_steps}")
         self.muon_lr = muon_lr
         if ns_dtype is None:
-            fast = mx.default_device() == mx.gpu and mx.cuda.is_available()
-            ns_dtype = mx.bfloat16 if fast else mx.float32
+            ns_dtype = mx.bfloat16 if on_cuda() else mx.float32
         self.options = dict(
             momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, ns_dtype=ns_dtype)  # fmt: skip
         super().__init__(model, lr, betas, eps, weight_decay)

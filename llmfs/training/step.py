@@ -24,6 +24,7 @@ from llmfs.hardware import (
     compile_pays,
     cpu_streams,
     hardware,
+    launch_plainly,
     pick_precision,
 )
 from ..model.transformer import GPTConfig, memory_bytes, preset
@@ -237,6 +238,8 @@ class _Gather(_Pieces):
     "Batches to one sum: one after the other, the rows of each side by side"
     def prepare(self):
         "Compile the pieces where that pays, or find streams to run them on"
+        if self.asking or self.ranks.size > 1:  # small kernels, messages
+            launch_plainly()
         compiled, rng = self.cfg.compile, mx.random.state
         compiled = compile_pays() if compiled is None else compiled
         for name in ["add", "apply", "both"] if compiled else []:
