@@ -92,6 +92,9 @@ class _Words:
             raise LostRank(self.farewell())
         return heard[:, 2:]
 
+# %% ../../nbs/03f_training.distributed.ipynb #43d2c820
+class _Words(_Words):
+    "Small things that ranks tell each other"
     def tell(self, value=None, speaker: int = 0):
         "What one rank says, as JSON, to all"
         text = json.dumps(value).encode() if self.rank == speaker else b""
@@ -124,11 +127,17 @@ class _Together:
             raise error
         raise OtherRank(f"rank {failed[0]} failed") from error
 
+# %% ../../nbs/03f_training.distributed.ipynb #35918424
+class _Together(_Together):
+    "Work that succeeds on all ranks or on none"
     def in_turn(self, first, rest):
         mine, told = self.together(lambda: (None, None) if self.rank else first())
         told = self.tell(told)
         return self.together(lambda: rest(told) if self.rank else mine)
 
+# %% ../../nbs/03f_training.distributed.ipynb #39601479
+class _Together(_Together):
+    "Work that succeeds on all ranks or on none"
     def same(self, values: dict):
         "Raise ValueError where a rank was told other things than rank 0"
         mine = json.loads(json.dumps(values, default=str))
@@ -237,6 +246,9 @@ class _Weights:
         read = lambda path: load_checkpoint(path, on_disk=self.on_disk, sealed=False)
         return self.in_turn(first, read)  # rank 0 has seen that it is whole
 
+# %% ../../nbs/03f_training.distributed.ipynb #cfb30436
+class _Weights(_Weights):
+    "The same weights on all ranks"
     def hold(self, model, optimizer):
         "What this rank keeps of a model and its optimizer: all, with rank 0's weights"
         self.give(model)
@@ -338,6 +350,9 @@ class Watch(_Watch):
         print(f"llmfs: {self.words()}", file=sys.stderr, flush=True)
         os._exit(5)
 
+# %% ../../nbs/03f_training.distributed.ipynb #8839b224
+class Watch(Watch):
+    "Ends this process where it waits in vain for another one"
     @contextmanager
     def pause(self):
         "Inside, others may take as long as they like"
