@@ -91,3 +91,22 @@ def test_every_chapter_is_on_the_map(where):
     text = (REPO / where).read_text(encoding="utf-8")
     on_map = set(re.findall(r"\]\((?:nbs/)?((?:experiments/)?\w[\w.-]+)\.ipynb\)", text))
     assert on_map == set(CHAPTERS), (where, on_map ^ set(CHAPTERS))
+
+
+def test_the_first_change_silences_a_head():
+    mx = pytest.importorskip("mlx.core")
+    from types import ModuleType
+
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    below, line = re.search(r"below `([^`]+)`, add\n\n   ```python\n   (.+)\n", text).groups()
+    source = (REPO / "llmfs/model/attention.py").read_text(encoding="utf-8")
+    assert source.count(below) == (REPO / "nbs/02b_model.attention.ipynb").read_text(encoding="utf-8").count(below) == 1
+    changed = ModuleType("llmfs.model.changed")
+    changed.__package__ = "llmfs.model"
+    exec(source.replace(below, f"{below}\n{line}"), vars(changed))
+    layer, x = changed.Attention(16, 2), mx.random.normal((1, 5, 16))
+    before, values = layer(x), layer.v_proj.weight
+    for head, heard in ((slice(0, 8), False), (slice(8, 16), True)):
+        layer.v_proj.weight = mx.array(values)
+        layer.v_proj.weight[head] += 1
+        assert (mx.abs(layer(x) - before).max().item() > 1e-3) == heard
