@@ -95,7 +95,7 @@ def _open_blas():
     return _blas_in_scope()
 
 # %% ../nbs/00b_hardware.ipynb #5921a25e
-_KEEP = {-1: 1 << 30, -2: 64 << 20, -3: 32 << 20}  # M_TRIM_THRESHOLD, _TOP_PAD, _MMAP_…
+_KEEP = {-1: -1, -2: 64 << 20, -4: 0}  # M_TRIM_THRESHOLD: never; _TOP_PAD; _MMAP_MAX
 
 
 def _set_up_memory():

@@ -186,9 +186,11 @@ def update_seconds(
     optimizer: str,  # "adamw" or "muon"
     dtype: str = "float32",  # type of the computation
     budget: float = 0.15,  # seconds to spend
+    layers: int | None = None,  # only so many, 0 or more; None: all
 ) -> float:
     "Time of clipping, update and the choice between new and old, gradients given."
-    model = GPT(cfg)
+    model = GPT(cfg if layers is None else replace(cfg, n_layers=max(1, layers)))
+    model.layers = model.layers[:layers]
     step = _step(model, optimizer, dtype)
     params = model.trainable_parameters()
     sums = mx.array(1.0), tree_map(lambda p: p * 1e-3, params)

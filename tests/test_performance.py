@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import llmfs
@@ -56,6 +57,47 @@ def test_a_line_is_followed_and_never_falls():
     assert planning._linear(run, (4, 100), (2, 100), 1000) == pytest.approx(11.0)
     assert planning._linear(lambda b, n: 5.0, (4, 100), (2, 100), 1000) == 5.0
     assert planning._linear(run, (4, 100), (2, 100), 400) == 5.0
+
+
+def clock_of_updates(cfg, optimizer, dtype, layers=None):
+    "2 ms, 1 ns a parameter (Muon: 0.75 in blocks), and Muon's products at 1 TFLOP/s"
+    some = replace(cfg, n_layers=max(1, layers)) if layers is not None else cfg
+    blocks = 0 if layers == 0 else count_params(some, embeddings=False)
+    table, muon = count_params(some) - count_params(some, embeddings=False), optimizer == "muon"
+    work = muon_flops(some) if muon and layers != 0 else 0
+    return 2e-3 + 1e-9 * (table + (0.75 if muon else 1) * blocks) + 1e-12 * work
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("size", ["50m", "500m", "moe-124m"])
+@pytest.mark.parametrize("limit, allowed", [(1e12, 1e18), (8e7, 1e18), (8e7, 2e11), (12e6, 1e11)])
+def test_an_update_is_told_from_some_of_its_layers(monkeypatch, optimizer, size, limit, allowed):
+    "With a clock that is known: all layers, several, one, and a narrower one give the same"
+    seen, cfg = [], preset(size, vocab_size=50_304)
+
+    def clock(cfg, *how, layers=None):
+        seen.extend([cfg] if layers != 0 else [])
+        return clock_of_updates(cfg, *how, layers=layers)
+
+    monkeypatch.setattr(planning, "update_seconds", clock)
+    found = planning._update(cfg, optimizer, "float32", limit, allowed)
+    assert found == pytest.approx(clock_of_updates(cfg, optimizer, "float32"), rel=0.01)
+    largest = max(count_params(c, embeddings=False) for c in seen)
+    assert limit == 1e12 or largest <= 8.01 * limit
+
+
+def test_layers_of_an_update():
+    "None, one, and all of them: each layer adds its parameters"
+    timed = [0, 1, None]
+    cfg = preset("tiny", vocab_size=300)
+    sizes = []
+    make = performance.make_optimizer
+    for n in timed:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(performance, "make_optimizer",
+                          lambda kind, model: sizes.append(len(model.layers)) or make(kind, model))  # fmt: skip
+            assert performance.update_seconds(cfg, "adamw", budget=0, layers=n) > 0
+    assert sizes == [0, 1, cfg.n_layers]
 
 
 def test_flops_of_muon():
