@@ -3,7 +3,7 @@
     make quickstart                          # or llmfs quickstart, on a machine that does nothing else
     python tools/quickstart_record.py checkpoints/quickstart --device "two x86-64 cores"
 
-Then in 04d: run it (nbdev-test --save), and once its cells marked `slow`, which draw the two pictures. tests/test_readme.py
+Then run 04d with its cells marked `slow`, which draw the two pictures (nbdev-test --save --flags slow), and 00a. tests/test_readme.py
 says which numbers of the README differ from the record.
 """
 
