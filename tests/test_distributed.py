@@ -180,6 +180,8 @@ KINDS = {
     "mixture": dict(train=dict(max_steps=50, optimizer="adamw"), shape=MIXTURE),
     "mixture-documents": dict(train=dict(max_steps=12, mode="documents", grad_accum=2, grad_checkpoint=True),
                               shape=MIXTURE),  # fmt: skip
+    "mixture-biases": dict(train=dict(max_steps=30, mode="documents", optimizer="adamw", batch_size=2, lr=0.01),
+                           shape=MIXTURE | dict(balance="bias")),  # fmt: skip
 }
 
 
@@ -202,6 +204,17 @@ def test_two_processes_equal_one(runs, kind, how):
         assert len(a) == len(b) >= 1
         assert np.abs(a - b).max() <= (1e-5 if "loss" in key else 5e-4 * a.max()), key
     same_checkpoint(one, other)
+
+
+@pytest.mark.parametrize("how", ["two", "shards"])
+def test_biases_of_routers_follow_the_load_of_all_ranks(runs, how):
+    "Their loss is linear in the load, so a rank's own load does; weighed by its own targets it does not"
+    one, other = (load_checkpoint(runs / f"{name}-mixture-biases" / "last.npz").weights for name in ("one", how))
+    biases = [k for k in one if k.endswith("router.bias")]
+    assert len(biases) == 2
+    for k in biases:
+        assert mx.abs(one[k]).min().item() > 1e-3, "every bias has moved"
+        assert mx.abs(one[k] - other[k]).max().item() < 1e-5, k
 
 
 def test_the_same_ranks_give_the_same_bits(runs):
