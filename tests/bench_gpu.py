@@ -4,14 +4,13 @@ python tests/bench_gpu.py check                          the kernel of the heads
 python tests/bench_gpu.py step [--record FILE]           124M parameters, 32 x 1,024 tokens, bfloat16
 python tests/bench_gpu.py race --text FILE [--record FILE]   Shakespeare's characters to 1.4697
 
-The torch model is written here after nanoGPT's description (GPT-2's shape, one matrix for
-queries, keys and values, fused AdamW, autocast to bfloat16, torch.compile, flash attention), with
-activation, norms and positions as asked for. Every contestant runs in a process of its own.
+The torch model is that of nanogpt.py (fused AdamW, autocast to bfloat16, torch.compile, flash
+attention), with activation, norms and positions as asked for. Every contestant runs in a process
+of its own.
 """
 
 import argparse
 import json
-import math
 import os
 import platform
 import subprocess
@@ -20,6 +19,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import nanogpt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,82 +35,6 @@ SHAPES = {  # what both build: our preset of 124M parameters, GPT-2's shape, and
 # --- torch ----------------------------------------------------------------------------------
 
 
-def torch_model(c: dict):
-    "nanoGPT's kind of model; dropout where c asks for it"
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    D, H, N, L = c["d_model"], c["n_heads"], c["n_layers"], c["max_seq_len"]
-    K, drop = D // H, c.get("dropout", 0.0)
-
-    def norm(width):
-        return nn.RMSNorm(width) if c["norm"] == "rmsnorm" else nn.LayerNorm(width, bias=False)
-
-    def rotate(x, cos, sin):
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.n1, self.n2, gated = norm(D), norm(D), c["activation"] == "swiglu"
-            self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-            self.up = nn.Linear(D, c["d_ff"] * (1 + gated), bias=False)
-            self.down = nn.Linear(c["d_ff"], D, bias=False)
-            if c["qk_norm"]:
-                self.qn, self.kn = norm(K), norm(K)
-
-        def forward(self, x, cos, sin):
-            B, T, _ = x.shape
-            q, k, v = (a.view(B, T, H, K) for a in self.qkv(self.n1(x)).split(D, 2))
-            if c["qk_norm"]:
-                q, k = self.qn(q), self.kn(k)
-            q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-            if c["positions"] == "rope":
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            p = drop if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
-            x = x + F.dropout(self.out(y.transpose(1, 2).reshape(B, T, D)), drop, self.training)
-            h = self.up(self.n2(x))
-            if c["activation"] == "swiglu":
-                gate, h = h.chunk(2, -1)
-                h = F.silu(gate) * h
-            elif c["activation"] == "gelu":
-                h = F.gelu(h, approximate="tanh")
-            else:
-                h = F.relu(h).square()
-            return x + F.dropout(self.down(h), drop, self.training)
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wte = nn.Embedding(c["vocab_size"], D)
-            if c["positions"] == "learned":
-                self.wpe = nn.Embedding(L, D)
-            self.h, self.nf = nn.ModuleList(Block() for _ in range(N)), norm(D)
-            angle = torch.outer(torch.arange(L), 10_000.0 ** -(torch.arange(0, K, 2) / K))
-            self.register_buffer("cos", angle.cos())
-            self.register_buffer("sin", angle.sin())
-            for name, p in self.named_parameters():
-                if p.dim() == 2:
-                    branch = name.endswith(("out.weight", "down.weight"))
-                    nn.init.normal_(p, std=0.02 / math.sqrt(2 * N) if branch else 0.02)
-
-        def forward(self, tokens, targets):
-            T = tokens.shape[1]
-            x = self.wte(tokens)
-            if c["positions"] == "learned":
-                x = x + self.wpe.weight[:T]
-            x = F.dropout(x, drop, self.training)
-            for block in self.h:
-                x = block(x, self.cos[:T], self.sin[:T])
-            logits = F.linear(self.nf(x), self.wte.weight)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    return Model()
-
-
 class Torch:
     "A training step of the torch model"
 
@@ -119,11 +43,9 @@ class Torch:
 
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(0)
-        self.torch, self.model = torch, torch_model(shape).cuda()
+        self.torch, self.model = torch, nanogpt.model(shape).cuda()
         self.params = list(self.model.parameters())
-        groups = [dict(params=[p for p in self.params if p.dim() >= 2], weight_decay=decay),
-                  dict(params=[p for p in self.params if p.dim() < 2], weight_decay=0.0)]  # fmt: skip
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        self.optimizer = torch.optim.AdamW(nanogpt.groups(self.params, decay), lr=lr, betas=betas, fused=True)
         self.compiled = torch.compile(self.model)
         self.n_params = sum(p.numel() for p in self.params)
 
@@ -261,9 +183,7 @@ def race(job: dict) -> dict:
             from llmfs.training.step import lr_scale
 
             return lr_scale(run.cfg, step)
-        w, top, low = setting["warmup"], setting["lr"], setting["min_lr"]
-        t = (step - w) / (steps - w)
-        return top * (step + 1) / (w + 1) if step < w else low + 0.5 * (1 + math.cos(math.pi * t)) * (top - low)
+        return nanogpt.rate(step, steps, setting["warmup"], setting["lr"], setting["min_lr"])
 
     def batch():
         at = rng.integers(0, cut - L, B)[:, None] + np.arange(L + 1)
@@ -293,7 +213,7 @@ def race(job: dict) -> dict:
     loss()
     ready = time.perf_counter() - start
     if job["who"] == "torch":
-        state = torch_model(shape).state_dict()
+        state = nanogpt.model(shape).state_dict()
         run.model.load_state_dict(state)
         run.optimizer.state.clear()
     else:

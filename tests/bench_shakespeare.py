@@ -4,7 +4,7 @@ python tests/bench_shakespeare.py [--text FILE] [--record FILE]   both, on the s
 python tests/bench_shakespeare.py --apart FILE                    what each change of ours does
 
 nanoGPT's README publishes a setting for laptops without a GPU: 4 layers, width 128, 2,000
-steps. Its model is written here in torch from that description; ours is made of llmfs's
+steps. Its model is written in torch from that description (nanogpt.py); ours is made of llmfs's
 modules. Each trains in a process of its own, a few seconds at a time in turn, so that both
 meet the same machine. Both are evaluated on the whole last tenth of the text; a clock counts
 training only. `tests/test_shakespeare.py` checks both, and the records in nbs/results.
@@ -24,6 +24,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import nanogpt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,62 +110,20 @@ def our_setting() -> dict:
     return setting
 
 
-# --- nanoGPT's model, in torch --------------------------------------------------------------
+# --- nanoGPT --------------------------------------------------------------------------------
 
 
 def torch_gpt(vocab_size: int, cfg: dict):
-    "GPT-2's shape without biases: norms before, GELU, learned positions, tied head"
-    from torch import nn
-    from torch.nn import functional as F
-
-    D, H, N, L = cfg["n_embd"], cfg["n_head"], cfg["n_layer"], cfg["block_size"]
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ln_1, self.ln_2 = (nn.LayerNorm(D, bias=False) for _ in range(2))
-            self.c_attn = nn.Linear(D, 3 * D, bias=False)
-            self.c_proj = nn.Linear(D, D, bias=False)
-            self.mlp_fc = nn.Linear(D, 4 * D, bias=False)
-            self.mlp_proj = nn.Linear(4 * D, D, bias=False)
-
-        def forward(self, x):
-            B, T, _ = x.shape
-            q, k, v = (
-                a.view(B, T, H, D // H).transpose(1, 2)
-                for a in self.c_attn(self.ln_1(x)).split(D, dim=2)
-            )
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, D))
-            return x + self.mlp_proj(F.gelu(self.mlp_fc(self.ln_2(x))))
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wte, self.wpe = nn.Embedding(vocab_size, D), nn.Embedding(L, D)
-            self.h = nn.ModuleList(Block() for _ in range(N))
-            self.ln_f = nn.LayerNorm(D, bias=False)
-            for name, p in self.named_parameters():
-                if p.dim() == 2:
-                    branch = name.endswith(("c_proj.weight", "mlp_proj.weight"))
-                    nn.init.normal_(p, std=0.02 / (2 * N) ** 0.5 if branch else 0.02)
-
-        def forward(self, tokens):
-            x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-            for block in self.h:
-                x = block(x)
-            return F.linear(self.ln_f(x), self.wte.weight)
-
-    return Model()
+    "nanoGPT's model, from its own words"
+    D, words = cfg["n_embd"], dict(n_layers="n_layer", n_heads="n_head", max_seq_len="block_size")
+    return nanogpt.model(
+        dict({ours: cfg[theirs] for ours, theirs in words.items()}, vocab_size=vocab_size, d_model=D,
+             d_ff=4 * D, norm="layernorm", activation="gelu", gelu="none", positions="learned",
+             qk_norm=False, dropout=cfg["dropout"]))  # fmt: skip
 
 
 def nanogpt_rate(step: int, cfg: dict) -> float:
-    "Warm-up, then half a cosine down to min_lr"
-    if step < cfg["warmup_iters"]:
-        return cfg["learning_rate"] * (step + 1) / (cfg["warmup_iters"] + 1)
-    t = (step - cfg["warmup_iters"]) / (cfg["max_iters"] - cfg["warmup_iters"])
-    low = cfg["min_lr"]
-    return low + 0.5 * (1 + np.cos(np.pi * min(t, 1))) * (cfg["learning_rate"] - low)
+    return nanogpt.rate(step, cfg["max_iters"], cfg["warmup_iters"], cfg["learning_rate"], cfg["min_lr"])
 
 
 class NanoGPT:
@@ -180,11 +139,7 @@ class NanoGPT:
         self.train, self.validation = (torch.from_numpy(x.astype(np.int64)) for x in ids)
         self.model = torch_gpt(job["n_characters"], self.cfg)
         params = list(self.model.parameters())
-        decay = self.cfg["weight_decay"]
-        groups = [
-            dict(params=[p for p in params if p.dim() >= 2], weight_decay=decay),
-            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
-        ]
+        groups = nanogpt.groups(params, self.cfg["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=tuple(self.cfg["betas"]))
         self.n_params = sum(p.numel() for p in params)
 

@@ -65,19 +65,21 @@ def test_nanogpt_is_what_torch_makes_of_gpt2():
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
     ours = bench.torch_gpt(65, bench.NANOGPT)
+    words = {"attn.c_attn": "qkv", "attn.c_proj": "out", "mlp.c_fc": "up", "mlp.c_proj": "down",
+             "ln_1": "n1", "ln_2": "n2", "ln_f": "nf"}  # fmt: skip
     shape = dict(vocab_size=65, n_positions=64, n_embd=128, n_layer=4, n_head=4)
     gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(**shape, activation_function="gelu")).eval()
     with torch.no_grad():
         for name, p in gpt2.named_parameters():
-            name = name.removeprefix("transformer.").replace("attn.c_attn", "c_attn")
-            name = name.replace("attn.c_proj", "c_proj").replace("mlp.c_fc", "mlp_fc")
-            name = name.replace("mlp.c_proj", "mlp_proj")
+            name = name.removeprefix("transformer.")
+            for theirs, own in words.items():
+                name = name.replace(theirs, own)
             mine = dict(ours.named_parameters()).get(name)
             if mine is None:
                 assert name.endswith("bias")
                 p.zero_()
             else:
-                transposed = p.shape != mine.shape or name.endswith(("attn.weight", "proj.weight"))
+                transposed = p.shape != mine.shape or name.endswith(("qkv.weight", "out.weight", "down.weight"))
                 p.copy_(mine.T if transposed and p.dim() == 2 and "wte" not in name else mine)
         x = torch.randint(65, (2, 64))
         assert torch.allclose(gpt2(x).logits, ours(x), atol=1e-4)
