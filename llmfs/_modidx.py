@@ -1322,6 +1322,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'llmfs/training/optimizer.py'),
                                           'llmfs.training.optimizer._half_cosine': ( 'training.optimizer.html#_half_cosine',
                                                                                      'llmfs/training/optimizer.py'),
+                                          'llmfs.training.optimizer._joined': ( 'training.optimizer.html#_joined',
+                                                                                'llmfs/training/optimizer.py'),
                                           'llmfs.training.optimizer._label': ( 'training.optimizer.html#_label',
                                                                                'llmfs/training/optimizer.py'),
                                           'llmfs.training.optimizer._polynomial': ( 'training.optimizer.html#_polynomial',

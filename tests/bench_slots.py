@@ -1,9 +1,9 @@
-"""Rows of tokens to the slots of experts and back: naive, by look-ups both ways, by kernels.
+"""Rows of tokens to the slots of experts and back: naive, by look-ups both ways, by kernels; and every way to the experts.
 
 python tests/bench_slots.py [--record FILE]
 
-Checks results and gradients of the kernels against the plain look-ups, then times one layer's rows,
-there and back, forward and backward. Without CUDA there are no kernels, and the last row is the one before.
+Checks results and gradients of the kernels against the plain look-ups, and every way to the experts against one
+expert after the other; then times one layer's rows, there and back, forward and backward. Without CUDA there are no kernels, and the last row is the one before.
 """
 
 import argparse
@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 import llmfs  # noqa: E402
 from llmfs.hardware import hardware, on_cuda  # noqa: E402
 from llmfs.model import slots  # noqa: E402
-from llmfs.model.router import Choice  # noqa: E402
+from llmfs.model.moe import RUN, Experts, MoEConfig  # noqa: E402
+from llmfs.model.router import Choice, Router  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
@@ -92,6 +93,36 @@ def check() -> list[dict]:
     return found
 
 
+def one_after_the_other(experts, x, choice):
+    "Every expert on every token, weighed: nothing is moved"
+    y = 0
+    for e in range(experts.up_proj.weight.shape[0]):
+        gate, up, down = (experts[n].weight[e] for n in ("gate_proj", "up_proj", "down_proj"))
+        h = x @ gate.T
+        w = (choice.weight * (choice.chosen == e)).sum(-1, keepdims=True)
+        y = y + w.astype(x.dtype) * ((h * mx.sigmoid(h) * (x @ up.T)) @ down.T)
+    return y
+
+
+def check_ways() -> list[dict]:
+    "Whether nobody is lost: outputs of loop, gather and batched, for one token and for many"
+    found = []
+    cases = [(1, "float32"), (7, "float32"), (3000, "float32")]
+    for T, name in cases + [(1, "bfloat16"), (3000, "bfloat16")] * on_cuda():
+        mx.random.seed(T)
+        cfg = MoEConfig(vocab_size=8, d_model=128, n_heads=2, d_ff=256, init_std=0.5)
+        experts, x, dtype = Experts(cfg), mx.random.normal((T, 128)), getattr(mx, name)
+        choice = Router(cfg)(x)
+        exact = one_after_the_other(experts, x, choice)
+        experts.set_dtype(dtype)
+        for way, run in RUN.items():
+            apart = far(exact, run(experts, x.astype(dtype), choice, cfg.n_experts / cfg.top_k))
+            found.append(dict(way=way, T=T, dtype=name, difference=float(f"{apart:.2g}")))
+            print(found[-1], flush=True)
+            assert apart < (2e-3 if name == "float32" else 2e-2), "a way to the experts loses something"  # TF32
+    return found
+
+
 def clock(run, x, weight, rounds=5, each=4):
     "Median milliseconds of one"
     mx.eval(run(x, weight))
@@ -130,7 +161,7 @@ def main():
     args = parser.parse_args()
     machine, shape = hardware(), dict(T=args.tokens, D=768, E=8, k=2)
     record = dict(device=machine.chip, mlx=mx.__version__, llmfs=llmfs.__version__, check=check(),
-                  shape=shape | dict(capacity=1.25), milliseconds=times(**shape))  # fmt: skip
+                  ways=check_ways(), shape=shape | dict(capacity=1.25), milliseconds=times(**shape))  # fmt: skip
     if args.record:
         Path(args.record).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -210,6 +210,7 @@ class GPTConfig(_Shape):
     "Shape of a model; `None` is filled in, all else is checked (ValueError)."
 
     kind = "gpt"  # a subclass takes another name
+    one_by_one = False  # on CUDA: kernels start singly, not in graphs
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

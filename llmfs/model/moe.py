@@ -25,7 +25,7 @@ import numpy as np
 class MoEConfig(Routing, GPTConfig):
     "Shape of a mixture-of-experts model; with d_ff as in a dense one, as many active weights."
 
-    kind = "moe"
+    kind, one_by_one = "moe", True
     capacity: float = 1.25  # batched: room an expert has, in mean loads
     dispatch: Literal["auto", "loop", "gather", "batched"] = "auto"  # how tokens travel
 
@@ -148,7 +148,7 @@ def run_gather(
     expert = mx.stop_gradient(expert)
     options = dict(rhs_indices=expert, sorted_indices=True)
     times = lambda x, *weights: [mx.gather_mm(x, w.swapaxes(1, 2), **options) for w in weights]
-    rows = spread(x, plan)[:, None]  # (S, 1, D)
+    rows = spread(x, plan).reshape(-1, 1, x.shape[1])  # (S, 1, D)
     return collect(experts(rows, times)[:, 0], plan)
 
 # %% ../../nbs/05b_model.moe.ipynb #55bf2f1c

@@ -6,6 +6,7 @@
 __all__ = ['PRESETS', 'GPT', 'mask_for', 'init_weights', 'preset', 'count_params', 'flops_per_token', 'Memory', 'memory_bytes']
 
 # %% ../../nbs/02c_model.transformer.ipynb #3bcf4347
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -279,7 +280,8 @@ def memory_bytes(
     copy = slopes = P * activation_bytes if half else weights  # the copy computes
     sums = 4 * P * add_up
     if fused:  # made too: the copy, and the gradient in float32 that the update uses
-        ahead = int(min(_AHEAD, T * (made - floats) * activation_bytes + copy * half + weights))
+        most = math.inf if cfg.one_by_one else _AHEAD
+        ahead = int(min(most, T * (made - floats) * activation_bytes + copy * half + weights))
     step = weights + copy * half + optimizer + sums + max(activations, slopes)
     update = 2 * weights + 2 * (optimizer if fused else 8 * P) + (sums or slopes)
     return Memory(weights, sums or slopes, optimizer, activations, 0, max(step, update), ahead)

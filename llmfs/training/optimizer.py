@@ -122,12 +122,23 @@ def _squares(g):
     return (rows @ rows.reshape(-1, _ROW, 1)).reshape(-1)
 
 
+def _joined(arrays):
+    "Arrays of each type end to end: a few kernels instead of some for each"
+    kinds = {}
+    for a in arrays:
+        kinds.setdefault(a.dtype, []).append(a.reshape(-1))
+    return [mx.concatenate(same) for same in kinds.values()]
+
+# %% ../../nbs/03b_training.optimizer.ipynb #737cc5fb
 def global_norm(
     grads,  # tree of arrays
 ):  # float32, ()
     "Length of all gradients taken as one vector."
-    sums = [_squares(g) for _, g in reversed(tree_flatten(grads))]  # as they arrive
-    return mx.sqrt(mx.concatenate(sums).astype(mx.float32).sum())
+    arrays = [g for _, g in reversed(tree_flatten(grads))]  # as they arrive
+    large = [g for g in arrays if g.size > _ROW]
+    small = _joined([g for g in arrays if g.size <= _ROW])
+    sums = _joined([_squares(g) for g in large + small])
+    return mx.sqrt(sum(s.astype(mx.float32).sum() for s in sums))
 
 
 def clip_by_global_norm(
