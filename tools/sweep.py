@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -63,14 +64,23 @@ def tell(block: int) -> list[str]:
 def stories_files(folder: Path, n_stories: int, vocab_size: int, processes: int = 1) -> Path:
     "Training stories, held-out stories and their tokenizer, written once; the path of the first."
     path = folder / f"stories-{vocab_size}-{n_stories}.npy"
-    if path.with_suffix(".json").is_file():
-        return path
+    if not path.with_suffix(".json").is_file():
+        tokenizer = write_stories(path, tell, n_stories, vocab_size, processes)
+        write_tokens((s.text for s in held_out()), tokenizer, held_beside(path))
+    return path
+
+
+def write_stories(path: Path, tell, n_stories: int, vocab_size: int, processes: int):
+    "What `tell(block)` tells as a token file, and its tokenizer beside it; returned."
     tokenizer = train_tokenizer(chain.from_iterable(map(tell, range(2))), vocab_size)
     tokenizer.save(path.with_suffix(".tokenizer"))
-    write_tokens((s.text for s in held_out()), tokenizer, path.with_name(f"{path.stem}-held.npy"))
     blocks = map_blocks(tell, range(-(-n_stories // BLOCK)), processes)
     write_tokens(islice(chain.from_iterable(blocks), n_stories), tokenizer, path, processes)
-    return path
+    return tokenizer
+
+
+def held_beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-held.npy")
 
 
 def held_out() -> list:
@@ -80,7 +90,7 @@ def held_out() -> list:
 def open_corpus(path: str) -> Corpus:
     "The corpus of a token file."
     path = Path(path)
-    train, held = TokenFile(path), TokenFile(path.with_name(f"{path.stem}-held.npy"))
+    train, held = TokenFile(path), TokenFile(held_beside(path))
     if not (tokenizer := path.with_suffix(".tokenizer")).is_file():
         return Corpus(train, held)
     tokenizer, stories = load_tokenizer(tokenizer), held_out()
@@ -104,16 +114,23 @@ def padded(batch, multiple: int):
     return Batch(fill(batch.inputs, 0), fill(batch.targets, IGNORE), None)
 
 
-def train(model, corpus: Corpus, cfg, pad: int, deadline: float) -> dict:
-    "Train to the end of the schedule. Raises OutOfTime, FloatingPointError."
+def trained_by(model, file: TokenFile, cfg):
+    "A training step of the model and a loader of its text."
     from llmfs.training.data_loader import DataLoader
     from llmfs.training.optimizer import make_optimizer
-    from llmfs.training.step import TrainStep, lr_scale
+    from llmfs.training.step import TrainStep
 
     rates = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
     rates |= dict(muon_lr=cfg.muon_lr) if cfg.optimizer == "muon" else {}
     step = TrainStep(model, make_optimizer(cfg.optimizer, model, **rates), cfg)
-    loader = DataLoader(corpus.train, cfg.batch_size, cfg.seq_len, cfg.mode, cfg.seed)
+    return step, DataLoader(file, cfg.batch_size, cfg.seq_len, cfg.mode, cfg.seed)
+
+
+def train(model, corpus: Corpus, cfg, pad: int, deadline: float) -> dict:
+    "Train to the end of the schedule. Raises OutOfTime, FloatingPointError."
+    from llmfs.training.step import lr_scale
+
+    step, loader = trained_by(model, corpus.train, cfg)
     curve, waiting, tokens, bad = [], deque(), 0, 0
     for s in range(cfg.max_steps):
         batch = padded(next(loader), pad) if cfg.mode == "buckets" else next(loader)
@@ -178,8 +195,7 @@ def by_position(model, corpus: Corpus, length: int, rows: int = 128) -> list[flo
 
 def perform(run: dict, deadline: float = math.inf) -> dict:
     "One run, from nothing to its record."
-    from llmfs.hardware import hardware, pick_precision
-    from llmfs.model.transformer import GPT, GPTConfig, count_params, flops_per_token
+    from llmfs.model.transformer import GPT, GPTConfig, count_params
     from llmfs.training.step import TrainConfig
 
     import mlx.core as mx
@@ -199,13 +215,20 @@ def perform(run: dict, deadline: float = math.inf) -> dict:
     found |= judge(model, corpus, cfg)
     if run.get("positions"):
         found["by_position"] = by_position(model, corpus, run["positions"])
-    flops = found["tokens"] * flops_per_token(shape, cfg.seq_len)
-    size = dict(params=count_params(shape), body_params=count_params(shape, embeddings=False))
-    where = hardware()
-    return {"id": name_of(run), "run": {k: v for k, v in run.items() if k != "path"}} | size | found | dict(
-        flops=flops, tokenizer=corpus.train.header["tokenizer"][:12], data=corpus.train.header["sha256"][:12],
-        precision=pick_precision(cfg.precision), seconds=round(trained - start, 1),
-        seconds_judging=round(time.time() - trained, 1), device=f"{where.chip} ({where.backend})",
+    found |= dict(params=count_params(shape), body_params=count_params(shape, embeddings=False),
+        tokenizer=corpus.train.header["tokenizer"][:12], data=corpus.train.header["sha256"][:12],
+        seconds=round(trained - start, 1), seconds_judging=round(time.time() - trained, 1))  # fmt: skip
+    return record_of(run, shape, cfg, found)
+
+
+def record_of(run: dict, shape, cfg, found: dict) -> dict:
+    "What was found, and what every record says."
+    from llmfs.hardware import hardware, pick_precision
+    from llmfs.model.transformer import flops_per_token
+
+    where, flops = hardware(), found["tokens"] * flops_per_token(shape, cfg.seq_len)
+    return {"id": name_of(run), "run": {k: v for k, v in run.items() if k != "path"}} | found | dict(
+        flops=flops, precision=pick_precision(cfg.precision), device=f"{where.chip} ({where.backend})",
         versions=versions())  # fmt: skip
 
 
@@ -241,7 +264,15 @@ def append(path: Path, record: dict) -> None:
         os.fsync(f.fileno())
 
 
-def results(todo: list[dict], workers: int, deadline: float):
+class Kind(NamedTuple):
+    "What differs between sweeps."
+
+    perform: object  # of a run and a deadline, its record
+    files: object  # of a folder, a run and how many processes, the path of its stories
+    line_of: object  # of a record and the seconds since the start, what is said of it
+
+
+def results(todo: list[dict], perform, workers: int, deadline: float):
     "Pairs of a run and its future, as they finish; one worker works in this process."
     if workers == 1:
         for run in todo:
@@ -254,21 +285,20 @@ def results(todo: list[dict], workers: int, deadline: float):
 
 
 def sweep(runs: list[dict], out: Path, data: Path, workers: int = 1, budget: float = math.inf,
-          say=print) -> int:  # fmt: skip
+          say=partial(print, flush=True), kind: Kind | None = None) -> int:  # fmt: skip
     "Perform what is not in OUT yet; how many runs failed."
-    start, failed, late = time.time(), 0, 0
+    kind, start, failed, late = kind or DENSE, time.time(), 0, 0
     known = {r["id"] for r in read_records(out)}
     todo = [run for run in runs if name_of(run) not in known]
     say(f"{len(runs)} runs, {len(todo)} to do, {workers} at a time")
     for run in todo:
         run["path"] = run["corpus"]
         if run["corpus"] == "stories":
-            made = stories_files(data, run["n_stories"], run["vocab_size"], os.cpu_count() if workers > 1 else 1)
-            run["path"] = str(made)
-    for path in {run["path"] for run in todo}:
+            run["path"] = str(kind.files(data, run, os.cpu_count() if workers > 1 else 1))
+    for path in {run["path"] for run in todo if run["corpus"] != "stories"}:
         open_corpus(path)  # says at once where a file is missing
     say(f"{time.time() - start:.0f} s: texts ready")
-    for run, result in results(todo, workers, start + budget):
+    for run, result in results(todo, kind.perform, workers, start + budget):
         try:
             record = result()
         except OutOfTime:
@@ -278,7 +308,7 @@ def sweep(runs: list[dict], out: Path, data: Path, workers: int = 1, budget: flo
             say(f"{name_of(run)} {run.get('label', '')} failed: {type(e).__name__}: {e}")
         else:
             append(out, record)
-            say(line_of(record, time.time() - start))
+            say(kind.line_of(record, time.time() - start))
     say(f"{time.time() - start:.0f} s: {len(todo) - late - failed} done, {late} out of time, {failed} failed")
     return failed
 
@@ -290,19 +320,27 @@ def line_of(record: dict, seconds: float) -> str:
             f"  in {record['seconds']:.0f} + {record['seconds_judging']:.0f} s")  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+DENSE = Kind(perform, lambda data, run, n: stories_files(data, run["n_stories"], run["vocab_size"], n), line_of)
+
+
+def arguments(about: str, data: str) -> argparse.ArgumentParser:
+    "Of the command line; `data`: where token files of stories go unless it is said."
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("grid", help="JSON list of runs", type=Path)
     parser.add_argument("--out", help="records, one JSON line each", type=Path, required=True)
-    parser.add_argument("--data", help="folder of the stories' token files", type=Path, default=Path("data/scaling"))
+    parser.add_argument("--data", help="folder of the stories' token files", type=Path, default=Path(data))
     parser.add_argument("--workers", help="runs at a time", type=int, default=1)
     parser.add_argument("--budget", help="seconds after which nothing goes on", type=float, default=math.inf)
-    args = parser.parse_args()
-    runs = json.loads(args.grid.read_text(encoding="utf-8"))
+    return parser
+
+
+def main(args, wanted=lambda run: True, kind: Kind = DENSE) -> int:
+    "The sweep of a command line; its exit code."
+    runs = [run for run in json.loads(args.grid.read_text(encoding="utf-8")) if wanted(run)]
     args.data.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    return min(1, sweep(runs, args.out, args.data, args.workers, args.budget))
+    return min(1, sweep(runs, args.out, args.data, args.workers, args.budget, kind=kind))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(arguments(__doc__, "data/scaling").parse_args()))

@@ -8,22 +8,17 @@ GPTConfig, or with "kind": "moe" of MoEConfig, without vocab_size; train: fields
 of each expert is noted. Runs that OUT holds already are skipped; what ran out of time leaves no line.
 """
 
-import argparse
 import json
 import math
-import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
-from itertools import chain, islice
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
 
 from llmfs.data.stories import Stories, tell
-from llmfs.data.tokens import TokenFile, write_tokens
-from llmfs.data.words import map_blocks
-from llmfs.tokenizer.vocab import load_tokenizer, train_tokenizer
+from llmfs.data.tokens import TokenFile
+from llmfs.tokenizer.vocab import load_tokenizer
 
 import numpy as np
 import sweep
@@ -80,13 +75,8 @@ def stories_files(folder: Path, run: dict, processes: int) -> Path:
     "Training stories and their tokenizer, written once."
     n, V, facts = run["n_stories"], run["vocab_size"], run["n_facts"]
     path = folder / f"facts{facts}-{V}-{n}.npy"
-    if path.with_suffix(".json").is_file():
-        return path
-    block = partial(tell_block, n_facts=facts)
-    tokenizer = train_tokenizer(chain.from_iterable(map(block, range(2))), V)
-    tokenizer.save(path.with_suffix(".tokenizer"))
-    texts = map_blocks(block, range(-(-n // sweep.BLOCK)), processes)
-    write_tokens(islice(chain.from_iterable(texts), n), tokenizer, path, processes)
+    if not path.with_suffix(".json").is_file():
+        sweep.write_stories(path, partial(tell_block, n_facts=facts), n, V, processes)
     return path
 
 
@@ -171,14 +161,9 @@ def favourites(ids, exam: Exam, n: int = 8) -> list:
 
 def train(model, file: TokenFile, cfg, deadline: float, looks: int, tokens) -> dict:
     "Train to the end of the schedule, looking at the routers on the way. Raises OutOfTime, FloatingPointError."
-    from llmfs.training.data_loader import DataLoader
-    from llmfs.training.optimizer import make_optimizer
-    from llmfs.training.step import TrainStep, lr_scale
+    from llmfs.training.step import lr_scale
 
-    rates = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
-    rates |= dict(muon_lr=cfg.muon_lr) if cfg.optimizer == "muon" else {}
-    step = TrainStep(model, make_optimizer(cfg.optimizer, model, **rates), cfg)
-    loader = DataLoader(file, cfg.batch_size, cfg.seq_len, cfg.mode, cfg.seed)
+    step, loader = sweep.trained_by(model, file, cfg)
     marks = {round(cfg.max_steps * (i + 1) / looks) for i in range(looks)}
     curve, seen, looking, waiting = [], [], 0.0, []
     for s in range(cfg.max_steps):
@@ -199,9 +184,8 @@ def train(model, file: TokenFile, cfg, deadline: float, looks: int, tokens) -> d
 
 def perform(run: dict, deadline: float = math.inf) -> dict:
     "One run, from nothing to its record."
-    from llmfs.hardware import hardware, pick_precision
     from llmfs.model import moe  # noqa: F401  (makes its kind of config known)
-    from llmfs.model.transformer import GPT, GPTConfig, count_params, flops_per_token
+    from llmfs.model.transformer import GPT, GPTConfig, count_params
     from llmfs.training.step import TrainConfig
 
     import mlx.core as mx
@@ -228,50 +212,14 @@ def perform(run: dict, deadline: float = math.inf) -> dict:
     else:
         found |= sweep.judge(model, sweep.open_corpus(path), cfg)
     found["tokens"] = cfg.max_steps * cfg.batch_size * cfg.grad_accum * cfg.seq_len
-    size = dict(params=count_params(shape), active=count_params(shape, active=True))
-    where = hardware()
-    return {"id": sweep.name_of(run), "run": {k: v for k, v in run.items() if k != "path"}} | size | found | dict(
-        flops=found["tokens"] * flops_per_token(shape, cfg.seq_len), precision=pick_precision(cfg.precision),
-        seconds=round(seconds, 1), device=f"{where.chip} ({where.backend})", versions=sweep.versions())  # fmt: skip
+    found |= dict(params=count_params(shape), active=count_params(shape, active=True), seconds=round(seconds, 1))
+    return sweep.record_of(run, shape, cfg, found)
 
 
-def finished(todo: list[dict], workers: int, deadline: float):
-    "Pairs of a run and its result, as they finish."
-    if workers == 1:
-        for run in todo:
-            yield run, partial(perform, run, deadline)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        waiting = {pool.submit(perform, run, deadline): run for run in todo}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result
-
-
-def go(runs: list[dict], out: Path, data: Path, workers: int, budget: float, say=print) -> int:
-    "Perform what is not in OUT yet; how many runs failed."
-    start, late, failed = time.time(), 0, 0
-    known = {r["id"] for r in sweep.read_records(out)}
-    todo = [run for run in runs if sweep.name_of(run) not in known]
-    for run in todo:
-        run["path"] = run["corpus"]
-        if run["corpus"] == "stories":
-            run["path"] = str(stories_files(data, run, os.cpu_count() if workers > 1 else 1))
-    say(f"{time.time() - start:.0f} s: texts ready; {len(runs)} runs, {len(todo)} to do, {workers} at a time")
-    for run, result in finished(todo, workers, start + budget):
-        try:
-            r = result()
-        except sweep.OutOfTime:
-            late += 1
-        except Exception as e:
-            failed += 1
-            say(f"{sweep.name_of(run)} {run['label']} failed: {type(e).__name__}: {e}")
-        else:
-            sweep.append(out, r)
-            fact = r.get("parts", {}).get("fact", ["", 0])[0]
-            say(f"{time.time() - start:.0f} s: {run['label']:<26} seed {run['train']['seed']} "
-                f"{r['bits_per_byte']:.4f} bits/byte  fact {fact}  {r['seconds']:.0f} s", flush=True)  # fmt: skip
-    say(f"{time.time() - start:.0f} s: {len(todo) - late - failed} done, {late} out of time, {failed} failed")
-    return failed
+def line_of(r: dict, seconds: float) -> str:
+    run, fact = r["run"], r.get("parts", {}).get("fact", ["", 0])[0]
+    return (f"{seconds:.0f} s: {run['label']:<26} seed {run['train'].get('seed', 0)} "
+            f"{r['bits_per_byte']:.4f} bits/byte  fact {fact}  {r['seconds']:.0f} s")  # fmt: skip
 
 
 def condense(records: Path, folder: Path) -> None:
@@ -279,7 +227,7 @@ def condense(records: Path, folder: Path) -> None:
     rows, watched, seen = [], [], set()
     for r in sweep.read_records(records):
         run = r["run"]
-        key = dict(label=run["label"], seed=run["train"]["seed"])
+        key = dict(label=run["label"], seed=run["train"].get("seed", 0))
         if (mark := (key["label"], key["seed"])) in seen:
             continue
         seen.add(mark)
@@ -298,22 +246,15 @@ def condense(records: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("grid", type=Path, help="JSON list of runs")
-    parser.add_argument("--out", type=Path, required=True, help="records, one JSON line each")
-    parser.add_argument("--data", type=Path, default=Path("data/sweep"), help="folder of the stories' token files")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing goes on")
+    parser = sweep.arguments(__doc__, "data/sweep")
     parser.add_argument("--only", default="", help="runs whose label contains this")
     parser.add_argument("--condense", type=Path, help="only write the book's records of OUT into this folder")
     args = parser.parse_args()
     if args.condense:
         condense(args.out, args.condense)
         return 0
-    runs = [r for r in json.loads(args.grid.read_text(encoding="utf-8")) if args.only in r["label"]]
-    args.data.mkdir(parents=True, exist_ok=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    return min(1, go(runs, args.out, args.data, args.workers, args.budget))
+    kind = sweep.Kind(perform, stories_files, line_of)
+    return sweep.main(args, lambda run: args.only in run["label"], kind)
 
 
 if __name__ == "__main__":
