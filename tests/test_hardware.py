@@ -259,3 +259,28 @@ def test_matmul_flops_is_plausible():
 def test_version():
     from importlib.metadata import version
     assert llmfs.__version__ == version("llmfs-mlx")
+
+
+def test_kernels_one_by_one_unless_somebody_chose(monkeypatch):
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
+    hw.launch_plainly()
+    assert os.environ["MLX_USE_CUDA_GRAPHS"] == "0"
+    monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
+    hw.launch_plainly()
+    assert os.environ["MLX_USE_CUDA_GRAPHS"] == "1"
+    assert hw.on_cuda() == (hw.hardware().backend == "cuda")
+
+
+@pytest.mark.parametrize("kind,plain", [("gpt", False), ("moe", True)])
+def test_mixtures_start_kernels_one_by_one(kind, plain, monkeypatch):
+    import llmfs.model.moe  # noqa: F401  makes mixtures known
+    from llmfs.model.block import GPTConfig
+    from llmfs.model.transformer import GPT
+    from llmfs.training.optimizer import make_optimizer
+    from llmfs.training.step import TrainConfig, TrainStep
+
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
+    model = GPT(GPTConfig.from_dict(dict(kind=kind, vocab_size=8, n_layers=1, d_model=16, n_heads=2, d_ff=32)))
+    TrainStep(model, make_optimizer("adamw", model), TrainConfig())
+    assert ("MLX_USE_CUDA_GRAPHS" in os.environ) == plain == model.cfg.one_by_one
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import llmfs.training.trainer as tr
 from llmfs.model.block import MLP, Block, GPTConfig
-from llmfs.model.moe import RUN, Experts, MoE, MoEConfig, pick_dispatch, room, routing
+from llmfs.model.moe import RUN, Experts, MoE, MoEConfig, pick_dispatch, routing
 from llmfs.model.moe_files import MIXTURES
 from llmfs.model.pretrained import (
     export_shape,
@@ -15,7 +15,8 @@ from llmfs.model.pretrained import (
     why_no_shape,
     write_pretrained,
 )
-from llmfs.model.router import Choice, Router, Routing, balance_terms, expert_load
+from llmfs.model.router import Choice, Router, Routing, balance_terms, best_first, expert_load
+from llmfs.model.slots import collect, plan_capacity, plan_sorted, room, spread
 from llmfs.model.transformer import (
     GPT,
     count_params,
@@ -566,3 +567,57 @@ def test_a_model_without_a_shape_says_why(fields, words):
     assert export_shape(cfg) is None and words in why_no_shape(cfg)
     with pytest.raises(ValueError, match=words):
         to_config(cfg)
+
+
+@pytest.mark.parametrize("E,k", [(1, 1), (4, 1), (8, 2), (8, 8), (60, 6)])
+def test_the_best_are_those_of_a_stable_sort(E, k):
+    rng = np.random.default_rng(E + k)
+    score = rng.integers(0, 4, (500, E)).astype(np.float32)  # many are equal
+    want = np.argsort(-score, axis=1, kind="stable")[:, :k]
+    assert np.array_equal(np.array(best_first(mx.array(score), k)), want)
+
+
+def test_room_for_all_is_room_for_all():
+    for T, k, E in [(1, 2, 8), (64, 1, 4), (33, 3, 6), (4096, 2, 8)]:
+        assert room(T, k, E, E / k) == T + 1
+        assert room(T, k, E, 2 * E / k) == T + 1
+        C = room(T, k, E, 1.0)
+        assert C * E >= T * k and (C == T + 1 or C % 16 == 0)
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 4.0])
+def test_a_plan_says_the_same_from_both_sides(capacity):
+    "Each pair that counts stands in its expert's room, earlier pairs first; nobody else counts."
+    E, k, T = 4, 2, 50
+    choice = mixture(E, k, T=T)[2]
+    C = room(T, k, E, capacity)
+    plan = plan_capacity(choice, E, C)
+    pair, slots, held = (np.array(a) for a in (plan.pair, plan.slots, plan.held))
+    kept = np.array(plan.weight).reshape(-1) > 0
+    where, chosen = slots.reshape(-1), np.array(choice.chosen).reshape(-1)
+    assert (pair[where[kept]] == np.flatnonzero(kept)).all() and (where[kept] // C == chosen[kept]).all()
+    assert (held > 0).sum() == kept.sum() and np.allclose(held[where[kept]], np.array(plan.weight).reshape(-1)[kept])
+    for e in range(E):
+        mine = np.flatnonzero(chosen == e)
+        assert (kept[mine] == (np.arange(len(mine)) < C - 1)).all()
+
+
+def test_rows_come_back_weighed_and_so_do_gradients():
+    "Against sums over pairs, in float64."
+    _, _, choice, x = mixture(6, 3, T=40)
+    for plan in (plan_sorted(choice, 6)[0], plan_capacity(choice, 6, 16)):
+        S, up = len(plan.pair), mx.random.normal(x.shape, key=mx.random.key(4))
+        y = mx.random.normal((S, 16), key=mx.random.key(3))
+        size = lambda y, w, p=plan: (collect(y, p._replace(weight=w)) * up).sum()  # noqa: E731
+        dy, dw = mx.grad(size, argnums=(0, 1))(y, plan.weight)
+        Y, U, W = (np.array(a, np.float64) for a in (y, up, plan.weight))
+        slots, want_y, want_w = np.array(plan.slots), np.zeros(Y.shape), np.zeros(W.shape)
+        for t in range(40):
+            for j in range(3):
+                want_y[slots[t, j]] += W[t, j] * U[t] if W[t, j] else 0
+                want_w[t, j] = U[t] @ Y[slots[t, j]]
+        assert close(dy, want_y, 1e-5)
+        alive = W > 0
+        assert np.allclose(np.array(dw)[alive], want_w[alive], atol=1e-4)
+        want = sum(W[:, j, None] * Y[slots[:, j]] for j in range(3))
+        assert close(collect(y, plan), want, 1e-5) and close(spread(x, plan), np.array(x)[np.array(plan.pair) // 3], 0)
