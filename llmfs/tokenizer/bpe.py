@@ -150,11 +150,11 @@ def train_bpe(
 ) -> list[tuple[bytes, bytes]]:  # fewer than asked where pairs run out
     "Learn byte-level merges. Raises ValueError where vocab_size leaves no room for them."
     special_tokens = tuple(special_tokens)
-    smallest = 256 + len(special_tokens)
+    smallest = 256 + (n := len(special_tokens))
     if vocab_size < smallest:
         raise ValueError(
             f"vocab_size {vocab_size} is too small: choose at least {smallest}, "
-            f"for 256 bytes and {len(special_tokens)} special tokens"
+            f"for 256 bytes and {n} special token{'s' * (n != 1)}"
         )
     counts = count_words(documents, special_tokens, processes)
     return learn_merges(counts, vocab_size - smallest, min_count, progress)
