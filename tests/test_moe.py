@@ -15,7 +15,14 @@ from llmfs.model.pretrained import (
     why_no_shape,
     write_pretrained,
 )
-from llmfs.model.router import Choice, Router, Routing, balance_terms, best_first, expert_load
+from llmfs.model.router import (
+    Choice,
+    Router,
+    Routing,
+    balance_terms,
+    best_first,
+    expert_load,
+)
 from llmfs.model.slots import collect, plan_capacity, plan_sorted, room, spread
 from llmfs.model.transformer import (
     GPT,
