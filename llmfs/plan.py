@@ -43,7 +43,10 @@ def _linear(run, large, small, tokens):
     slow = run(*large)
     if n == tokens:
         return slow
-    slope = min(max(slow - run(*small), 0) / (n - m), slow / n)
+    fast = run(*small)
+    if fast > 0.75 * slow:  # of half the size: the machine was busy, or a start is all there is
+        slow, fast = min(slow, run(*large)), min(fast, run(*small))
+    slope = min(max(slow - fast, 0) / (n - m), slow / n)
     return slow + slope * (tokens - n)
 
 # %% ../nbs/06a_plan.ipynb #f332c82f

@@ -56,6 +56,8 @@ def test_a_line_is_followed_and_never_falls():
     run = lambda b, n: 1.0 + 0.01 * b * n
     assert planning._linear(run, (4, 100), (2, 100), 1000) == pytest.approx(11.0)
     assert planning._linear(lambda b, n: 5.0, (4, 100), (2, 100), 1000) == 5.0
+    disturbed = iter([5.0, 6.0, 5.0, 3.0])  # the small one took 3 s, had nobody else been there
+    assert planning._linear(lambda b, n: next(disturbed), (4, 100), (2, 100), 1000) == pytest.approx(11.0)
     assert planning._linear(run, (4, 100), (2, 100), 400) == 5.0
 
 
