@@ -219,7 +219,7 @@ def test_memory_and_time_on_a_gpu(monkeypatch, name):
     assert count_params(cfg) == row["measured"]["params"]
     memory, seconds = beside(row, planning._memory(cfg, train)["total"])
     assert abs(memory) < 0.15
-    if name == "500m":  # the update of one layer, times 28, is more than that of 28
+    if name == "500m":  # the host starts its many kernels while the card still computes
         pytest.xfail(f"time is planned {seconds:+.0%} off") if abs(seconds) > 0.25 else None
     assert abs(seconds) < 0.25
 
