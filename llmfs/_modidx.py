@@ -844,6 +844,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'llmfs.plan._machine': ('plan.html#_machine', 'llmfs/plan.py'),
                             'llmfs.plan._memory': ('plan.html#_memory', 'llmfs/plan.py'),
                             'llmfs.plan._precision': ('plan.html#_precision', 'llmfs/plan.py'),
+                            'llmfs.plan._rows_at_once': ('plan.html#_rows_at_once', 'llmfs/plan.py'),
                             'llmfs.plan._sample': ('plan.html#_sample', 'llmfs/plan.py'),
                             'llmfs.plan._samples': ('plan.html#_samples', 'llmfs/plan.py'),
                             'llmfs.plan._update': ('plan.html#_update', 'llmfs/plan.py'),

@@ -9,7 +9,7 @@ __all__ = ['muon_flops', 'step_parts', 'numbers_moved', 'chip_parts', 'Plan', 'p
 import math
 from dataclasses import asdict, dataclass, replace
 
-from .hardware import Hardware, hardware, matmul_flops, pick_precision
+from .hardware import Hardware, cpu_streams, hardware, matmul_flops, pick_precision
 from .model import moe
 from .model.block import GPTConfig
 from .model.transformer import count_params, flops_per_token, memory_bytes, preset
@@ -28,13 +28,20 @@ from .training.step import TrainConfig, recipe
 def _samples(
     flops,  # of one token
     B, L, allowed,
+    least=1,  # rows that are computed side by side
 ):  # fmt: skip
     "(batch, length) of a measurement of about `allowed` FLOPs, and of one half as large."
-    if flops * L <= 3 * allowed:
-        b = min(B, max(1, int(allowed / (flops * L))))
-        return (b, L), ((b // 2, L) if b > 1 else (1, max(1, L // 2)))
-    short = min(L, max(128, 64 * int(allowed / flops / 64)))
-    return (1, short), (1, max(1, short // 2))
+    least = min(B, least)
+    if flops * L * least <= 3 * allowed:
+        b = min(B, max(least, int(allowed / (flops * L))))
+        return (b, L), ((b // 2, L) if b // 2 >= least else (b, max(1, L // 2)))
+    short = min(L, max(128 // least, 64 * int(allowed / flops / least / 64)))
+    return (least, short), (least, max(1, short // 2))
+
+# %% ../nbs/06a_plan.ipynb #3b0933fb
+def _rows_at_once(cfg):
+    "Rows that a step of this model computes side by side here."
+    return 1 if cfg.kind == "moe" else max(1, len(cpu_streams()))
 
 # %% ../nbs/06a_plan.ipynb #143e05dd
 def _linear(run, large, small, tokens):
@@ -53,7 +60,7 @@ def _linear(run, large, small, tokens):
 def _blocks(cfg, B, L, dtype, allowed):
     "Seconds of one block on (B, L), forward and backward, and of its forward pass alone."
     flops = flops_per_token(replace(cfg, n_layers=1, vocab_size=1), L)
-    large, small = _samples(flops, B, L, allowed)
+    large, small = _samples(flops, B, L, allowed, _rows_at_once(cfg))
     run = lambda *size: block_seconds(cfg, *size, dtype)
     total, length = _linear(run, large, small, B * L), large[1]
     forward = block_seconds(cfg, *large, dtype, backward=False)
@@ -115,7 +122,7 @@ def step_parts(
     peak = matmul_flops(1024, dtype, 0.1)
     limit = 12e6 if hardware().backend == "cpu" else hardware().memory_bytes / 112
     block, forward = _blocks(cfg, B, L, dtype, 0.08 * peak)
-    large, small = _samples(6 * cfg.vocab_size * cfg.d_model, B, L, 0.08 * peak)
+    large, small = _samples(6 * cfg.vocab_size * cfg.d_model, B, L, 0.08 * peak, _rows_at_once(cfg))
     run = lambda *size: ends_seconds(cfg, *size, dtype)
     parts = {"blocks": A * N * block}
     if train.grad_checkpoint:

@@ -271,3 +271,11 @@ def test_gradients_that_are_added_up_are_float32():
     for B, more in ((256, 4 * P), (1, 2 * P)):
         once, sums = (memory_bytes(cfg, B, 256, activation_bytes=2, fused=True, add_up=a) for a in (False, True))
         assert sums.total - once.total == more and (once.gradients, sums.gradients) == (2 * P, 4 * P)
+
+
+@pytest.mark.parametrize("flops,B,L,least", [(1e6, 16, 256, 2), (45e6, 2, 256, 2), (45e6, 8, 256, 4), (1e9, 16, 1024, 2), (1e9, 1, 64, 2), (1e12, 3, 8, 8)])
+def test_a_sample_keeps_all_cores_busy(flops, B, L, least):
+    "At least one row a core, or all rows there are; the smaller sample has half as many tokens."
+    (b, length), (c, short) = planning._samples(flops, B, L, 1.5e10, least)
+    assert min(b, c) >= min(B, least) and b <= B and 1 <= short <= length <= L
+    assert c * short <= b * length and (c * short <= 0.75 * b * length or length == 1)
