@@ -563,6 +563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmfs.model.block': { 'llmfs.model.block.Block': ('model.block.html#block', 'llmfs/model/block.py'),
                                    'llmfs.model.block.Block.__call__': ('model.block.html#block.__call__', 'llmfs/model/block.py'),
                                    'llmfs.model.block.Block.__init__': ('model.block.html#block.__init__', 'llmfs/model/block.py'),
+                                   'llmfs.model.block.Block.finish': ('model.block.html#block.finish', 'llmfs/model/block.py'),
                                    'llmfs.model.block.Dropout': ('model.block.html#dropout', 'llmfs/model/block.py'),
                                    'llmfs.model.block.Dropout.__call__': ('model.block.html#dropout.__call__', 'llmfs/model/block.py'),
                                    'llmfs.model.block.Dropout.__init__': ('model.block.html#dropout.__init__', 'llmfs/model/block.py'),

@@ -22,8 +22,7 @@ def _through(layer, then):
     "From what attention gathered to the end of the layer, and on"
 
     def piece(x, seen, at):
-        x = x + layer.self_attn.merge(seen)
-        return then(x + layer.mlp(layer.post_attention_layernorm(x)), at)
+        return then(layer.finish(x, layer.self_attn.merge(seen)), at)
 
     return piece
 
@@ -34,11 +33,10 @@ class Decoder:
     def __init__(
         self,
         model: GPT,  # in use, not training: nothing is dropped out
-        compiled: bool | None = None,  # record the pieces and replay them; None: where it pays
+        compiled: bool = True,  # record the pieces and replay them
     ):
-        self.model = model
-        self.compiled = compile_pays() if compiled is None else compiled
-        make, layers = mx.compile if self.compiled else lambda f: f, model.layers
+        self.model, self.compiled, layers = model, compiled, model.layers
+        make = mx.compile if compiled else lambda f: f
         end = lambda x, at: model.logits(model.norm(x)[:, -1])
         ways = zip(layers, [*map(_enter, layers[1:]), end])
         self.begin = make(_enter(layers[0]))

@@ -317,5 +317,13 @@ class Block(nn.Module):
         cache: KVCache | None = None,  # keys and values of earlier calls
     ) -> mx.array:  # (B, L, D)
         "Add what attention gathered, then what the feed-forward layer made of it."
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), mask, cache))
+        return self.finish(x, self.self_attn(self.input_layernorm(x), mask, cache))
+
+    def finish(
+        self,
+        x: mx.array,  # (B, L, D) as it came in
+        attended: mx.array,  # (B, L, D) what attention made of it
+    ) -> mx.array:  # (B, L, D)
+        "What follows attention."
+        x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))

@@ -166,9 +166,8 @@ def _fits(x):
 def _there(x, pair, k):
     if not _fits(x):
         return _copy(x, pair, k)
-    none = mx.zeros((1,)), (1,)
-    inputs = x, pair.astype(mx.int32), x, none[0]
-    return _launch(_kernels()[1], x, k, False, inputs, pair.size, [none[1]], [mx.float32])[0]
+    inputs = x, pair.astype(mx.int32), x, mx.zeros((1,))  # the last two are not read
+    return _launch(_kernels()[1], x, k, False, inputs, pair.size, [(1,)], [mx.float32])[0]
 
 
 def _back(y, slots, weight=None):

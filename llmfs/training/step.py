@@ -238,7 +238,7 @@ class _Gather(_Pieces):
     "Batches to one sum: one after the other, the rows of each side by side"
     def prepare(self):
         "Compile the pieces where that pays, or find streams to run them on"
-        if self.asking or self.ranks.size > 1:  # small kernels, messages
+        if self.asking:  # a mixture: many small kernels
             launch_plainly()
         compiled, rng = self.cfg.compile, mx.random.state
         compiled = compile_pays() if compiled is None else compiled
