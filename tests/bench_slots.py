@@ -1,4 +1,4 @@
-"""Rows of tokens to the slots of experts and back: naive, by look-ups both ways, by kernels; and every way to the experts.
+"""Rows of tokens to the slots of experts and back: naive, by look-ups both ways, by kernels; the router's kernels; every way to the experts.
 
 python tests/bench_slots.py [--record FILE]
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import llmfs  # noqa: E402
 from llmfs.hardware import hardware, on_cuda  # noqa: E402
-from llmfs.model import slots  # noqa: E402
+from llmfs.model import router, slots  # noqa: E402
 from llmfs.model.moe import RUN, Experts, MoEConfig  # noqa: E402
 from llmfs.model.router import Choice, Router  # noqa: E402
 
@@ -123,6 +123,25 @@ def check_ways() -> list[dict]:
     return found
 
 
+def check_router() -> list[dict]:
+    "The router's logits and choices against NumPy in float64, and the product that rounds to TF32"
+    found = []
+    for T, D, E, k, name in [*CASES, (3000, 256, 64, 8, "bfloat16"), (99, 64, 33, 33, "float32")]:
+        x = mx.random.normal((T, D), key=mx.random.key(3)).astype(getattr(mx, name))
+        weight = mx.random.normal((E, D), key=mx.random.key(4))
+        exact = np.array(x.astype(mx.float32)).astype(np.float64) @ np.array(weight).T.astype(np.float64)
+        distance = lambda z: float(f"{np.linalg.norm(np.array(z) - exact) / np.linalg.norm(exact):.2g}")
+        logits, plain = router._dots(x, weight), x.astype(mx.float32) @ weight.T
+        choice = np.array(router.best_first(mx.round(logits), k))  # rounded: some are equal
+        best = np.argsort(-np.array(mx.round(logits)), axis=1, kind="stable")[:, :k]
+        found.append(dict(T=T, D=D, E=E, k=k, dtype=name, kernel=router._fits(E, x),
+                          difference=distance(logits), product=distance(plain)))  # fmt: skip
+        print(found[-1], flush=True)
+        assert found[-1]["difference"] < 1e-5 or not router._fits(E, x), "logits are not exact to float32"
+        assert np.array_equal(choice, best), "the best were not found"
+    return found
+
+
 def clock(run, x, weight, rounds=5, each=4):
     "Median milliseconds of one"
     mx.eval(run(x, weight))
@@ -161,7 +180,7 @@ def main():
     args = parser.parse_args()
     machine, shape = hardware(), dict(T=args.tokens, D=768, E=8, k=2)
     record = dict(device=machine.chip, mlx=mx.__version__, llmfs=llmfs.__version__, check=check(),
-                  ways=check_ways(), shape=shape | dict(capacity=1.25), milliseconds=times(**shape))  # fmt: skip
+                  router=check_router(), ways=check_ways(), shape=shape | dict(capacity=1.25), milliseconds=times(**shape))  # fmt: skip
     if args.record:
         Path(args.record).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -576,6 +576,24 @@ def test_a_model_without_a_shape_says_why(fields, words):
         to_config(cfg)
 
 
+def test_the_tokens_that_the_router_hands_on_carry_both_gradients():
+    mx.random.seed(0)
+    layer, x = Router(MoEConfig(**SMALL)), mx.random.normal((9, 32))
+
+    def size(x, weight, handed_on):
+        logits, rows = x @ weight.T, x
+        if handed_on:
+            layer.weight = weight
+            choice = layer(x)
+            logits, rows = choice.logits, choice.rows
+        return (mx.sin(logits).sum() + (mx.cos(rows) * mx.arange(32)).sum()).sum()
+
+    want, got = (mx.grad(size, (0, 1))(x, layer.weight + 0, how) for how in (False, True))
+    assert all(close(a, b, 1e-5) for a, b in zip(want, got))
+    only = mx.grad(lambda x: mx.sin(layer(x).logits).sum())(x)
+    assert close(only, mx.cos(x @ layer.weight.T) @ layer.weight, 1e-5)
+
+
 @pytest.mark.parametrize("E,k", [(1, 1), (4, 1), (8, 2), (8, 8), (60, 6)])
 def test_the_best_are_those_of_a_stable_sort(E, k):
     rng = np.random.default_rng(E + k)

@@ -268,8 +268,9 @@ class Kind(NamedTuple):
     "What differs between sweeps."
 
     perform: object  # of a run and a deadline, its record
-    files: object  # of a folder, a run and how many processes, the path of its stories
+    files: object  # of a folder, a run and how many processes, the path of its texts
     line_of: object  # of a record and the seconds since the start, what is said of it
+    told: tuple = ("stories",)  # corpora that are made here; another is a path
 
 
 def results(todo: list[dict], perform, workers: int, deadline: float):
@@ -293,9 +294,9 @@ def sweep(runs: list[dict], out: Path, data: Path, workers: int = 1, budget: flo
     say(f"{len(runs)} runs, {len(todo)} to do, {workers} at a time")
     for run in todo:
         run["path"] = run["corpus"]
-        if run["corpus"] == "stories":
+        if run["corpus"] in kind.told:
             run["path"] = str(kind.files(data, run, os.cpu_count() if workers > 1 else 1))
-    for path in {run["path"] for run in todo if run["corpus"] != "stories"}:
+    for path in {run["path"] for run in todo if run["corpus"] not in kind.told}:
         open_corpus(path)  # says at once where a file is missing
     say(f"{time.time() - start:.0f} s: texts ready")
     for run, result in results(todo, kind.perform, workers, start + budget):

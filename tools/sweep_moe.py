@@ -3,9 +3,10 @@
     python tools/sweep_moe.py nbs/results/moe_grid.json --out RECORDS.jsonl [--workers 6] [--budget 280]
 
 The grid is a list of runs, the most important first: {"label", "corpus", "shape", "train", ...}. shape: fields of
-GPTConfig, or with "kind": "moe" of MoEConfig, without vocab_size; train: fields of TrainConfig. corpus: "stories"
-(with "n_stories", "n_facts", "vocab_size") or a token file as in sweep.py. "watch": so many times on the way, the load
-of each expert is noted. Runs that OUT holds already are skipped; what ran out of time leaves no line.
+GPTConfig, or with "kind": "moe" of MoEConfig, without vocab_size; train: fields of TrainConfig. corpus: "stories" or
+"ledger", who likes what and nothing else (both with "n_stories", "n_facts", "vocab_size"; a ledger also with "often"),
+or a token file as in sweep.py. "watch": so many times on the way, the load of each expert is noted. Runs that OUT holds already are skipped;
+what ran out of time leaves no line.
 """
 
 import json
@@ -22,36 +23,35 @@ from llmfs.tokenizer.vocab import load_tokenizer
 
 import numpy as np
 import sweep
+from ledger import Ledger
 
 HELD_OUT = 1000  # stories that judge every run
 LATE = 2  # steps that may be under way at once
 WATCHED = 64  # of them, whose routing is looked at
 GROUPS = {"say": "fixed text", "pick": "choice", "recall": "recall"}
+TOLD = "stories", "ledger"  # corpora that are made here
 
 
-class _Marker:
-    "Reads a story back and notes which part of the grammar each character belongs to."
+def story_marks(text: str, world: Stories) -> list[tuple[int, str, str]]:
+    "End, slot and group of each part of a story."
+    from llmfs.data.stories import _Reader
 
-    def __init__(self, text: str, world: Stories):
-        from llmfs.data.stories import _Reader
+    class Marking(_Reader):
+        def follow(self, ops, memory):
+            for op in ops:
+                super().follow([op], memory)
+                slot = "fixed text" if op.kind == "say" else op.text
+                group = "fact" if op.text == "fact" else GROUPS[op.kind]
+                marks.append((self.at, slot, group))
 
-        class Marking(_Reader):
-            def follow(self, ops, memory):
-                for op in ops:
-
-                    super().follow([op], memory)
-                    slot = "fixed text" if op.kind == "say" else op.text
-                    group = "fact" if op.text == "fact" else GROUPS[op.kind]
-                    marks.append((self.at, slot, group))
-
-        marks, reader = [], Marking(text, world)
-        tell(world, reader)
-        self.marks = marks
+    marks, reader = [], Marking(text, world)
+    tell(world, reader)
+    return marks
 
 
-def parts_of(text: str, ids, tokenizer, world: Stories) -> list[tuple[str, str]]:
+def parts_of(text: str, ids, tokenizer, world) -> list[tuple[str, str]]:
     "Slot and group of each token: those of its last character."
-    marks = iter(_Marker(text, world).marks)
+    marks = iter(world.marks(text) if isinstance(world, Ledger) else story_marks(text, world))
     end, slot, group = next(marks)
     at, found = 0, []
     for i in ids:
@@ -62,35 +62,39 @@ def parts_of(text: str, ids, tokenizer, world: Stories) -> list[tuple[str, str]]
     return found
 
 
-def tell_block(block: int, n_facts: int) -> list[str]:
-    stories = Stories(n_facts).stream("train", 1000 + block)
-    return [s.text for s in islice(stories, sweep.BLOCK)]
+def world_of(corpus: str, n_facts: int, often: int):
+    return Ledger(n_facts, often) if corpus == "ledger" else Stories(n_facts)
 
 
-def held_out(n_facts: int) -> list:
-    return list(islice(Stories(n_facts).stream("validation", 1), HELD_OUT))
+def key_of(run: dict) -> tuple:
+    "What `world_of` makes a run's world from."
+    return run["corpus"], run["n_facts"], run.get("often", 1)
 
 
-def stories_files(folder: Path, run: dict, processes: int) -> Path:
-    "Training stories and their tokenizer, written once."
-    n, V, facts = run["n_stories"], run["vocab_size"], run["n_facts"]
-    path = folder / f"facts{facts}-{V}-{n}.npy"
+def tell_block(block: int, world) -> list[str]:
+    return [s.text for s in islice(world.stream("train", 1000 + block), sweep.BLOCK)]
+
+
+def text_files(folder: Path, run: dict, processes: int) -> Path:
+    "Training texts and their tokenizer, written once."
+    n, V, key = run["n_stories"], run["vocab_size"], key_of(run)
+    path = folder / f"{'-'.join(map(str, key))}-{V}-{n}.npy"
     if not path.with_suffix(".json").is_file():
-        sweep.write_stories(path, partial(tell_block, n_facts=facts), n, V, processes)
+        sweep.write_stories(path, partial(tell_block, world=world_of(*key)), n, V, processes)
     return path
 
 
 @lru_cache(2)
-def exam_of(path: Path, n_facts: int):
-    return Exam(path, n_facts)
+def exam_of(path: Path, key: tuple):
+    return Exam(path, world_of(*key))
 
 
 class Exam:
-    "Held-out stories as rows of ids, each token with its part of the grammar."
+    "Held-out texts as rows of ids, each token with its part of the grammar."
 
-    def __init__(self, path: Path, n_facts: int):
-        world, tok = Stories(n_facts), load_tokenizer(path.with_suffix(".tokenizer"))
-        stories = held_out(n_facts)
+    def __init__(self, path: Path, world):
+        tok = load_tokenizer(path.with_suffix(".tokenizer"))
+        stories = list(islice(world.stream("validation", 1), HELD_OUT))
         self.tokenizer, self.texts = tok, [s.text for s in stories]
         self.floor = [-s.logprob for s in stories]
         ids = [tok.encode(s.text) for s in stories]
@@ -194,21 +198,24 @@ def perform(run: dict, deadline: float = math.inf) -> dict:
         raise sweep.OutOfTime
     mx.set_cache_limit(1 << 30)  # several workers share a GPU
     path, cfg = Path(run["path"]), TrainConfig(**run["train"])
-    file, stories = TokenFile(path), run["corpus"] == "stories"
+    file, told = TokenFile(path), run["corpus"] in TOLD
     shape = dict(vocab_size=file.header["vocab_size"], max_seq_len=cfg.seq_len) | run["shape"]
-    shape, exam = GPTConfig.from_dict(shape), exam_of(path, run["n_facts"]) if stories else None
+    shape, exam = GPTConfig.from_dict(shape), None
+    if told:
+        exam = exam_of(path, key_of(run))
     mx.random.seed(cfg.seed)
     model, start = GPT(shape), time.time()
-    ids = exam.ids[:WATCHED][exam.parts[:WATCHED] >= 0] if stories else file.ids
+    ids = exam.ids[:WATCHED][exam.parts[:WATCHED] >= 0] if told else file.ids
     looked = ids[: len(ids[: 16384]) // cfg.seq_len * cfg.seq_len].reshape(-1, cfg.seq_len)
-    looks = run.get("watch", 0) if shape.kind == "moe" else 0
+    sparse = shape.kind == "moe"
+    looks = run.get("watch", 0) if sparse else 0
     found = train(model, file, cfg, deadline, looks, mx.array(looked.astype(np.int32)))
     seconds = time.time() - start - found.pop("looking")
     model.eval()
-    if stories:
+    if told:
         corpus = sweep.Corpus(file, None, exam.tokenizer, exam.texts, exam.floor)
         found |= sweep.judge(model, corpus, cfg) | dict(parts=nats_by_group(model, exam))
-        found |= who_goes_where(model, exam) if run.get("where") else {}
+        found |= who_goes_where(model, exam) if sparse and run.get("where") else {}
     else:
         found |= sweep.judge(model, sweep.open_corpus(path), cfg)
     found["tokens"] = cfg.max_steps * cfg.batch_size * cfg.grad_accum * cfg.seq_len
@@ -253,7 +260,7 @@ def main() -> int:
     if args.condense:
         condense(args.out, args.condense)
         return 0
-    kind = sweep.Kind(perform, stories_files, line_of)
+    kind = sweep.Kind(perform, text_files, line_of, TOLD)
     return sweep.main(args, lambda run: args.only in run["label"], kind)
 
 

@@ -209,7 +209,7 @@ class MoE(nn.Module):
             bias = self.router.get("bias")
             self._extra_loss = balance_terms(self.cfg, choice, bias, self._average)
         run = RUN[pick_dispatch(self.cfg, self.training, rows.shape[0])]
-        y = run(self.experts, rows, choice, self.cfg.capacity).reshape(x.shape)
+        y = run(self.experts, choice.rows, choice, self.cfg.capacity).reshape(x.shape)
         return y + self.shared_expert(x) if self.cfg.n_shared else y
 
 # %% ../../nbs/05b_model.moe.ipynb #20b9fc50

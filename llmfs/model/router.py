@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
+from ..hardware import on_cuda
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -67,6 +69,7 @@ class Choice(NamedTuple):
     weight: mx.array  # (T, k) float32, how much each counts
     score: mx.array  # (T, E) float32, softmax or sigmoid of the logits
     logits: mx.array  # (T, E) float32
+    rows: mx.array | None = None  # (T, D) the tokens again, for the experts to read
 
 # %% ../../nbs/05a_model.router.ipynb #201e0244
 @cache
@@ -77,11 +80,7 @@ def numbers(
     return mx.array(np.arange(n, dtype=np.int32))
 
 
-def best_first(
-    score,  # (T, E)
-    k,  # how many
-):  # (T, k), of equal ones the first
-    "The k largest of each row."
+def _largest(score, k):
     E, turn, chosen = score.shape[-1], numbers(k), None
     for j in range(k):
         best = mx.argmax(score, axis=-1, keepdims=True).astype(mx.int32)
@@ -89,16 +88,100 @@ def best_first(
         score = mx.where(numbers(E) == best, -mx.inf, score)
     return mx.broadcast_to(chosen, (*score.shape[:-1], k))
 
+# %% ../../nbs/05a_model.router.ipynb #fd622895
+_DOTS = r"""
+    struct alignas(16) Line { T a[16 / sizeof(T)]; };
+    constexpr int V = 16 / sizeof(T), N = D / V;  // numbers of a line, lines of a row
+    struct alignas(16) Part { float a[V]; };
+    const int lane = threadIdx.x % 32, n_rows = size[0], step = gridDim.x * blockDim.x / 32;
+    for (int t = (blockIdx.x * blockDim.x + threadIdx.x) / 32 * R; t < n_rows; t += step * R) {
+        float sum[R][E] = {};
+        for (int c = lane; c < N; c += 32) {
+            Line row[R];
+            for (int r = 0; r < R; ++r)
+                row[r] = ((const Line*)x)[(long)min(t + r, n_rows - 1) * N + c];
+            for (int e = 0; e < E; ++e) {
+                const Part w = ((const Part*)weight)[e * N + c];
+                for (int r = 0; r < R; ++r)
+                    for (int i = 0; i < V; ++i) sum[r][e] += float(row[r].a[i]) * w.a[i];
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int e = 0; e < E; ++e) {
+                float s = sum[r][e];
+                for (int o = 16; o; o /= 2) s += __shfl_xor_sync(0xffffffffu, s, o);
+                if (lane == e % 32 && t + r < n_rows) logits[(t + r) * E + e] = s;
+            }
+    }
+"""
+
+# %% ../../nbs/05a_model.router.ipynb #72ecfb0e
+_BEST = r"""
+    const int t = blockIdx.x * blockDim.x + threadIdx.x;
+    if (t >= size[0]) return;
+    int best[K];
+    for (int j = 0; j < K; ++j) {
+        best[j] = -1;
+        for (int e = 0; e < E; ++e) {
+            bool taken = false;
+            for (int i = 0; i < j; ++i) taken |= best[i] == e;
+            const bool better = best[j] < 0 || score[t * E + e] > score[t * E + best[j]];
+            if (!taken && better) best[j] = e;
+        }
+        chosen[t * K + j] = best[j];
+    }
+"""
+
+# %% ../../nbs/05a_model.router.ipynb #9b2c8237
+@cache
+def _kernels():
+    make = mx.fast.cuda_kernel
+    return (make("router_dots", ["x", "weight", "size"], ["logits"], _DOTS),
+            make("router_best", ["score", "size"], ["chosen"], _BEST))  # fmt: skip
+
+
+def _fits(E, x=None):
+    "Can a kernel have all E sums in registers, and read rows of x in whole lines?"
+    return on_cuda() and E <= 64 and (x is None or x.shape[1] * x.itemsize % 16 == 0)
+
+
+def _dots(x, weight):
+    "Products of each row with each expert's direction, in float32"
+    E, weight = len(weight), weight.astype(mx.float32)
+    if not _fits(E, x):
+        return x.astype(mx.float32) @ weight.T
+    (T, D), R = x.shape, max(1, 32 // E)
+    sizes = [("T", x.dtype), ("D", D), ("E", E), ("R", R)]
+    return _kernels()[0](
+        inputs=[x, weight, mx.array([T], mx.int32)], template=sizes,
+        grid=(256 * min(-(-T // (8 * R)), 2048), 1, 1), threadgroup=(256, 1, 1),
+        output_shapes=[(T, E)], output_dtypes=[mx.float32])[0]  # fmt: skip
+
+# %% ../../nbs/05a_model.router.ipynb #7db32ff0
+def best_first(
+    score,  # (T, E)
+    k,  # how many
+):  # (T, k), of equal ones the first
+    "The k largest of each row."
+    T, E = score.shape
+    if not _fits(E):
+        return _largest(score, k)
+    return _kernels()[1](
+        inputs=[score.astype(mx.float32), mx.array([T], mx.int32)], template=[("E", E), ("K", k)],
+        grid=(256 * -(-T // 256), 1, 1), threadgroup=(256, 1, 1),
+        output_shapes=[(T, k)], output_dtypes=[mx.int32])[0]  # fmt: skip
+
 # %% ../../nbs/05a_model.router.ipynb #f02a9d97
 @mx.custom_function
 def _logits(x, weight):
-    return x.astype(mx.float32) @ weight.T
+    return _dots(x, weight), x
 
 
 @_logits.vjp
-def _logits_vjp(primals, d, logits):
-    (x, weight), d = primals, d.astype(primals[0].dtype)
-    return d @ weight.astype(x.dtype), (d.T @ x).astype(weight.dtype)
+def _logits_vjp(primals, gradients, results):
+    (x, weight), (d, dx) = primals, gradients
+    d = d.astype(x.dtype)
+    return mx.addmm(dx, d, weight.astype(x.dtype)), (d.T @ x).astype(weight.dtype)
 
 # %% ../../nbs/05a_model.router.ipynb #50bd101e
 class Router(nn.Module):
@@ -121,7 +204,7 @@ class Router(nn.Module):
         x: mx.array,  # (T, D)
     ) -> Choice:
         "Scores of all experts, and the chosen ones."
-        cfg, logits = self.cfg, _logits(x, self.weight)  # (T, E)
+        cfg, (logits, rows) = self.cfg, _logits(x, self.weight)  # (T, E), (T, D)
         if cfg.router_noise and self.training:
             logits = logits + cfg.router_noise * mx.random.normal(logits.shape, key=self._seed)
         soft = cfg.router == "softmax"
@@ -131,7 +214,7 @@ class Router(nn.Module):
         weight = mx.take_along_axis(score, chosen, axis=-1)  # (T, k)
         if cfg.renormalize:
             weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
-        return Choice(chosen, weight, score, logits)
+        return Choice(chosen, weight, score, logits, rows)
 
 # %% ../../nbs/05a_model.router.ipynb #081122b8
 def balance_terms(
