@@ -576,6 +576,29 @@ def test_a_model_without_a_shape_says_why(fields, words):
         to_config(cfg)
 
 
+def test_biases_choose_and_do_not_weigh():
+    mx.random.seed(0)
+    router = Router(MoEConfig(**SMALL, balance="bias", router="sigmoid", renormalize=False))
+    x = mx.random.normal((20, 32))
+    before = router(x)
+    router.bias = mx.array([9.0, 0.0, 0.0, 0.0])
+    after = router(x)
+    assert np.all(np.array(after.chosen)[:, 0] == 0) and np.any(np.array(before.chosen)[:, 0] != 0)
+    assert close(after.weight, mx.take_along_axis(after.score, after.chosen, axis=1), 0)
+    assert close(after.score, before.score, 0)
+
+
+def test_a_shared_expert_adds_what_it_says():
+    mx.random.seed(0)
+    layer, x = MoE(MoEConfig(**SMALL, n_shared=1)), mx.random.normal((2, 5, 32))
+    whole = layer(x)
+    layer.shared_expert.update(tree_map(mx.zeros_like, layer.shared_expert.parameters()))
+    assert float(mx.abs(whole - layer(x)).max()) > 0.01
+    shared = MoE(MoEConfig(**SMALL, n_shared=1)).shared_expert
+    without, layer.shared_expert = layer(x), shared
+    assert close(layer(x) - without, shared(x), 1e-5)
+
+
 def test_the_tokens_that_the_router_hands_on_carry_both_gradients():
     mx.random.seed(0)
     layer, x = Router(MoEConfig(**SMALL)), mx.random.normal((9, 32))
