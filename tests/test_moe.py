@@ -107,6 +107,17 @@ def test_every_way_gives_what_one_token_after_the_other_gives(way, E, k, activat
     assert close(got, token_by_token(experts, x, choice), 1e-5)
 
 
+@pytest.mark.parametrize("way", RUN)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_every_way_knows_half_precision(way, dtype):
+    _, experts, choice, x = mixture(8, 2)
+    exact = RUN[way](experts, x, choice, 4)
+    experts.set_dtype(dtype)
+    got = RUN[way](experts, x.astype(dtype), choice, 4)
+    size = float(mx.abs(exact).max())
+    assert got.dtype == dtype and close(got.astype(mx.float32), exact, 0.02 * size)
+
+
 def by_masks(experts, x, choice):
     "All experts on all tokens: nothing to sort."
     y = 0

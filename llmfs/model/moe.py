@@ -147,7 +147,12 @@ def run_gather(
     plan, expert = plan_sorted(choice, experts.up_proj.weight.shape[0])
     expert = mx.stop_gradient(expert)
     options = dict(rhs_indices=expert, sorted_indices=True)
-    times = lambda x, *weights: [mx.gather_mm(x, w.swapaxes(1, 2), **options) for w in weights]
+    wide = mx.float32 if mx.default_device() == mx.cpu else x.dtype  # all that it knows there
+
+    def times(x, *weights):
+        rows, stacks = x.astype(wide), [w.swapaxes(1, 2).astype(wide) for w in weights]
+        return [mx.gather_mm(rows, w, **options).astype(x.dtype) for w in stacks]
+
     rows = spread(x, plan).reshape(-1, 1, x.shape[1])  # (S, 1, D)
     return collect(experts(rows, times)[:, 0], plan)
 
