@@ -181,10 +181,8 @@ def pick_dispatch(
     T: int,  # tokens
 ) -> str:  # "loop", "gather", "batched"
     "The way to the experts on this device."
-    if cfg.dispatch != "auto":
-        return cfg.dispatch if training or cfg.dispatch != "batched" else "gather"
-    if training:
-        return "batched"
+    if training or cfg.dispatch in ("loop", "gather"):
+        return "batched" if cfg.dispatch == "auto" else cfg.dispatch
     few = T * cfg.top_k < 4 * cfg.n_experts
     return "gather" if few or mx.default_device() != mx.cpu else "loop"
 
