@@ -100,9 +100,11 @@ def test_a_sweep_of_mixtures_says_what_was_reached_and_who_went_where(tools, tmp
     assert set(ledger["parts"]) == {"fixed text", "choice", "fact"} and ledger["ratio"] > 1
     asked = sum(moe["slots"][0]["fact"])
     assert asked > 0 and asked % 2 == 0  # each token asks two
+    lines = [json.dumps(r | dict(device=r["run"]["label"])) for r in (moe, d, ledger)]
+    (tmp_path / "out.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tools.condense(tmp_path / "out.jsonl", tmp_path)
     rows = json.loads((tmp_path / "moe_runs.json").read_text(encoding="utf-8"))
-    assert [r["label"] for r in rows] == ["d", "l", "x"] and rows[2]["bits_per_byte"] == moe["bits_per_byte"]
+    assert [r["label"] for r in rows] == [r["device"] for r in rows] == ["d", "l", "x"] and rows[2]["bits_per_byte"] == moe["bits_per_byte"]
 
 
 def test_the_records_of_the_book_are_runs_of_its_grids(tools):

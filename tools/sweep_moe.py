@@ -239,15 +239,15 @@ def condense(records: Path, folder: Path) -> None:
             continue
         seen.add(mark)
         plain = ("params", "active", "flops", "tokens", "loss", "bits_per_byte", "ratio", "floor", "parts", "seconds")
+        about = {k: r[k] for k in ("device", "precision", "versions")}
         rows.append(key | dict(steps=run["train"]["max_steps"]) | {k: r[k] for k in plain if k in r}
-                    | dict(curve=r["curve"][::4] if key["seed"] == 0 else []))  # fmt: skip
+                    | dict(curve=r["curve"][::4] if key["seed"] == 0 else []) | about)  # fmt: skip
         if r["watched"] and (run["watch"] >= 20 or "balance" in key["label"]):
             more = {k: r[k] for k in ("slots", "words") if k in r}
-            watched.append(key | dict(watched=r["watched"]) | more)
-        about = {k: r[k] for k in ("device", "precision", "versions")}
+            watched.append(key | dict(watched=r["watched"]) | more | about)
     order = lambda x: (x["label"], x["seed"])
     for name, found in (("moe_runs", rows), ("moe_routing", watched)):
-        lines = [json.dumps(x | about) for x in sorted(found, key=order)]
+        lines = [json.dumps(x) for x in sorted(found, key=order)]
         text = "[\n" + ",\n".join(lines) + "\n]\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
