@@ -40,9 +40,10 @@ class Ledger:
     def stream(self, split: str = "train", seed: int = 0):
         "Pages without end. Held-out pages have the same facts, all alike: there are no others."
         rng, often = random.Random(f"{split} {seed}"), self.often if split == "train" else self.facts
+        even = len(self.often) == len(self.facts)
+        pick = lambda: rng.choice(self.facts if even or rng.random() >= 0.5 else often)
         while True:
-            facts = (rng.choice(often if rng.random() < 0.5 else self.facts) for _ in range(LINES))
-            text = " ".join("The {} likes {}.".format(*fact) for fact in facts)
+            text = " ".join("The {} likes {}.".format(*pick()) for _ in range(LINES))
             yield Story(text, -LINES * math.log(len(self.facts)))
 
     def marks(self, text: str) -> list[tuple[int, str, str]]:

@@ -5,8 +5,8 @@
 The grid is a list of runs, the most important first: {"label", "corpus", "shape", "train", ...}. shape: fields of
 GPTConfig, or with "kind": "moe" of MoEConfig, without vocab_size; train: fields of TrainConfig. corpus: "stories" or
 "ledger", who likes what and nothing else (both with "n_stories", "n_facts", "vocab_size"; a ledger also with "often"),
-or a token file as in sweep.py. "watch": so many times on the way, the load of each expert is noted. Runs that OUT holds already are skipped;
-what ran out of time leaves no line.
+or a token file as in sweep.py. "watch": so many times on the way, the load of each expert is noted. Runs that OUT
+holds already are skipped; what ran out of time leaves no line.
 """
 
 import json
