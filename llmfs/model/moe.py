@@ -225,8 +225,9 @@ class _Listener:
         self.router, self.heard = router, None
 
     def __call__(self, x):
-        self.heard = self.router(x)
-        return self.heard
+        choice = self.router(x)
+        self.heard = choice._replace(rows=None)  # the tokens of all layers would stay alive
+        return choice
 
     def get(self, name):
         return self.router.get(name)
